@@ -1,0 +1,242 @@
+"""`MemorySpec`: everything that decides what a stream remembers, as a small JSON file that travels with an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omnimem_train.errors import UserError, nearest
+from omnimem_train.memory.allocation import make_allocation
+from omnimem_train.memory.selector import Allocation, Selector, make_selector
+
+FORMAT = 1
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """`"512MiB"` -> 536870912. Units: B, KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", text)
+    if match is None or match[2] not in UNITS:
+        raise UserError(
+            f"memory budget {text!r} is neither a number of tokens nor a size",
+            remedy=f"write e.g. 6144 or \"512MiB\"; units: {', '.join(UNITS)}",
+        )
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """Media tokens one kv head of a layer keeps: `total`, split by modality when `audio` and `visual` are given."""
+
+    total: int
+    audio: int | None = None
+    visual: int | None = None
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """How a stream is compressed.
+
+    Attributes:
+        selector: name of a selector (`omnimem selectors` lists them).
+        selector_options: its options.
+        budget: what a kv head of a layer keeps between chunks: a number of tokens, a size for the whole memory
+            (keys and values of all layers) such as "512MiB", or None for no limit.
+        chunk_tokens: tokens run through the language model before the memory is compressed again. During a chunk its
+            tokens come on top of the budget.
+        allocation: how a layer's budget is split over modalities.
+        allocation_options: its options.
+        layer_table: one entry a layer, a number of tokens or [audio, visual]; replaces `budget` (published OmniMem
+            tables have this form). Empty: every layer gets `budget`.
+        positions: "absolute" keeps each key at its position in the stream; "compact" closes the gaps that eviction
+            leaves and moves kept keys there (see `omnimem_train.memory.positions`).
+        max_gap: with compact positions, the largest temporal step left between two kept tokens.
+        count_text: whether pinned text (prompt, marks) counts against the budget. By default it does not, as in the
+            released OmniMem code.
+        max_text_tokens: pinned text is never evicted; more than this is an error, so memory stays bounded.
+        seed: for selectors that draw at random.
+    """
+
+    selector: str = "perturbation"
+    selector_options: dict[str, Any] = field(default_factory=dict)
+    budget: int | str | None = 6144
+    chunk_tokens: int = 2048
+    allocation: str = "shared"
+    allocation_options: dict[str, Any] = field(default_factory=dict)
+    layer_table: tuple[Any, ...] = ()
+    positions: str = "absolute"
+    max_gap: int = 1
+    count_text: bool = False
+    max_text_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_table", tuple(self.layer_table))
+        self.make_selector()
+        self.make_allocation()
+        if isinstance(self.budget, str):
+            parse_bytes(self.budget)
+        elif self.budget is not None and (isinstance(self.budget, bool) or self.budget < 1):
+            raise UserError(f"memory budget {self.budget} is below 1 token", remedy="give at least 1, or null for no limit")
+        for name, low in (("chunk_tokens", 1), ("max_gap", 1), ("max_text_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise UserError(f"memory {name}={value!r} must be a whole number, {low} or more")
+        if self.positions not in ("absolute", "compact"):
+            raise UserError(
+                f"unknown positions {self.positions!r}{nearest(self.positions, ['absolute', 'compact'])}",
+                remedy="choose 'absolute' or 'compact'",
+            )
+        for entry in self.layer_table:
+            _table_entry(entry)
+
+    def make_selector(self) -> Selector:
+        """The selector this spec names."""
+        return make_selector(self.selector, **self.selector_options)
+
+    def make_allocation(self) -> Allocation:
+        """The allocation this spec names."""
+        return make_allocation(self.allocation, **self.allocation_options)
+
+    def replace(self, **changes: Any) -> MemorySpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    @property
+    def unlimited(self) -> bool:
+        """True when nothing is ever dropped."""
+        return self.selector == "full" or (self.budget is None and not self.layer_table)
+
+    def layer_budgets(self, n_layers: int, kv_heads: int, head_dim: int, itemsize: int) -> list[LayerBudget | None]:
+        """The budget of every layer in tokens; None where there is no limit.
+
+        Args:
+            n_layers, kv_heads, head_dim: shape of the model's cache.
+            itemsize: bytes of one number of it.
+
+        Raises:
+            UserError: the layer table has another length, or a byte budget is below one token a layer.
+        """
+        if self.unlimited:
+            return [None] * n_layers
+        if self.layer_table:
+            if len(self.layer_table) != n_layers:
+                raise UserError(
+                    f"the layer table has {len(self.layer_table)} entries, the model has {n_layers} layers",
+                    remedy="use the table measured for this model",
+                )
+            return [_table_entry(entry) for entry in self.layer_table]
+        if isinstance(self.budget, str):
+            size = parse_bytes(self.budget)
+            per_token = n_layers * kv_heads * 2 * head_dim * itemsize
+            if size < per_token:
+                raise UserError(
+                    f"memory budget {self.budget} is below one token a layer",
+                    cause=f"one token takes {per_token} bytes in {n_layers} layers x {kv_heads} kv heads x 2 x {head_dim}",
+                    remedy=f"give at least {per_token}B",
+                )
+            return [LayerBudget(size // per_token)] * n_layers
+        assert self.budget is not None
+        return [LayerBudget(int(self.budget))] * n_layers
+
+    def media_budget(self, budget: LayerBudget, n_text: int) -> LayerBudget:
+        """What is left for picture and sound beside `n_text` pinned text tokens.
+
+        Raises:
+            UserError: text alone exceeds its limit or, where it counts, the budget.
+        """
+        if n_text > self.max_text_tokens:
+            raise UserError(
+                f"{n_text} text tokens are pinned in memory, the limit is {self.max_text_tokens}",
+                cause="text in the stream (prompt, marks, time stamps) is never evicted",
+                remedy="shorten the prompt, use fewer time stamps, or raise memory.max_text_tokens",
+            )
+        if not self.count_text:
+            return budget
+        if budget.total <= n_text:
+            raise UserError(
+                f"a budget of {budget.total} tokens is below the {n_text} text tokens it has to hold",
+                cause="memory.count_text is on and text is never evicted",
+                remedy=f"give a budget above {n_text}, or set memory.count_text=false",
+            )
+        left = budget.total - n_text
+        if budget.audio is None or budget.visual is None:
+            return LayerBudget(left)
+        audio = budget.audio * left // budget.total
+        return LayerBudget(left, audio, left - audio)
+
+    # JSON ------------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return asdict(self) | {"layer_table": [list(e) if isinstance(e, tuple) else e for e in self.layer_table]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MemorySpec:
+        """Inverse of `to_dict`; missing fields take their defaults.
+
+        Raises:
+            UserError: an unknown key.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise UserError(f"unknown key {key!r} in a memory spec{nearest(key, known)}", remedy=f"known: {', '.join(known)}")
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any field; defaults of the selector count as if written out."""
+        values = self.to_dict()
+        values["selector_options"] = self.make_selector().options()
+        text = json.dumps({"format": FORMAT} | values, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path, **extra: Any) -> None:
+        """Write `memory.json`: format, fingerprint, the fields, and `extra` under "about"."""
+        content = {"format": FORMAT, "fingerprint": self.fingerprint(), "memory": self.to_dict(), "about": extra}
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> MemorySpec:
+        """Read `memory.json` (or the folder that holds it).
+
+        Raises:
+            UserError: no such file, not this format, or the content does not match its fingerprint.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "memory.json"
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the memory spec {path}", cause=str(error)) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("memory"), dict):
+            raise UserError(
+                f"{path} is not a memory spec of format {FORMAT}", remedy="export the adapter again with this version"
+            )
+        spec = cls.from_dict(content["memory"])
+        if content.get("fingerprint") != spec.fingerprint():
+            raise UserError(
+                f"{path} does not match its fingerprint {content.get('fingerprint')!r} (now {spec.fingerprint()!r})",
+                cause="the file was edited by hand, or written by a version with other defaults",
+                remedy="export again, or write a new spec with MemorySpec.save",
+            )
+        return spec
+
+
+def _table_entry(entry: Any) -> LayerBudget:
+    """An entry of a layer table: a number of tokens or [audio, visual]."""
+    numbers = [entry] if isinstance(entry, int) else list(entry) if isinstance(entry, Sequence) else []
+    if len(numbers) not in (1, 2) or not all(isinstance(n, int) and n >= 0 for n in numbers) or sum(numbers) < 1:
+        raise UserError(
+            f"entry {entry!r} of the layer table is neither a number of tokens nor [audio, visual]",
+            remedy="write e.g. 512 or [128, 384]",
+        )
+    if len(numbers) == 1:
+        return LayerBudget(numbers[0])
+    return LayerBudget(sum(numbers), audio=numbers[0], visual=numbers[1])

@@ -1,0 +1,272 @@
+"""What a model offers to the stream loop. `omnimem_train.streaming` knows this file and no concrete model.
+
+A model takes part in two ways. Its *encoder side* turns windows of a file (frames and samples) into `TokenBlock`s:
+embeddings with their positions, in stream order. Its *decoder side* runs one decoder layer on some tokens while a `Tap`
+hands the layer's attention the keys and values remembered so far and brings back those of the new tokens.
+
+Shape legend: see `omnimem_train.memory.state`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omnimem_train.memory.positions import Rotary
+from omnimem_train.memory.state import LayerMemory
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What is known of a file before it is read.
+
+    Attributes:
+        path: the file.
+        duration_s: seconds; the longer of picture and sound.
+        has_video, has_audio: which tracks it has.
+        width, height: pixels of the picture, 0 without one.
+        video_fps: frames a second in the file, 0 without a picture.
+        sampling_rate: of the sound track in the file (Hz), 0 without sound.
+    """
+
+    path: Path
+    duration_s: float
+    has_video: bool
+    has_audio: bool
+    width: int = 0
+    height: int = 0
+    video_fps: float = 0.0
+    sampling_rate: int = 0
+
+
+@dataclass(frozen=True)
+class MediaWindow:
+    """A stretch of a file, decoded.
+
+    Attributes:
+        start_s, end_s: its borders in seconds; windows of a file follow each other without gaps.
+        frames: (n, height, width, 3) uint8 RGB, the frames whose time k / fps lies in [start_s, end_s); None without a
+            picture. n may be 0.
+        samples: (m,) float32 mono in [-1, 1] at the model's sampling rate; None without sound. All windows but the
+            last hold exactly round((end_s - start_s) * rate) samples.
+        last: True for the last window of the file.
+    """
+
+    start_s: float
+    end_s: float
+    frames: np.ndarray | None
+    samples: np.ndarray | None
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Tokens on their way into the decoder.
+
+    Attributes:
+        embeds: (B, n, E).
+        positions: (B, n, 3) int64 (time, row, column) in the uncompressed stream.
+        modality: (B, n) int8.
+        time_s: (B, n) float32, seconds since the start of the stream.
+        extras: further per-token tensors (B, n, ...) a model's layers read (deepstack features, say), by name.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    modality: Tensor
+    time_s: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Number of tokens."""
+        return self.embeds.shape[1]
+
+    def __getitem__(self, part: slice) -> TokenBlock:
+        """The tokens of a slice."""
+        return self._map(lambda x: x[:, part])
+
+    def _map(self, f: Any) -> TokenBlock:
+        return TokenBlock(
+            f(self.embeds),
+            f(self.positions),
+            f(self.modality),
+            f(self.time_s),
+            {k: f(v) for k, v in self.extras.items()},
+        )
+
+    @staticmethod
+    def cat(blocks: list[TokenBlock]) -> TokenBlock:
+        """Blocks one after the other. All must carry the same extras."""
+        first = blocks[0]
+        return TokenBlock(
+            torch.cat([b.embeds for b in blocks], 1),
+            torch.cat([b.positions for b in blocks], 1),
+            torch.cat([b.modality for b in blocks], 1),
+            torch.cat([b.time_s for b in blocks], 1),
+            {k: torch.cat([b.extras[k] for b in blocks], 1) for k in first.extras},
+        )
+
+    @staticmethod
+    def stack(blocks: list[TokenBlock]) -> TokenBlock:
+        """Streams of equal layout side by side (along B)."""
+        first = blocks[0]
+        return TokenBlock(
+            torch.cat([b.embeds for b in blocks]),
+            torch.cat([b.positions for b in blocks]),
+            torch.cat([b.modality for b in blocks]),
+            torch.cat([b.time_s for b in blocks]),
+            {k: torch.cat([b.extras[k] for b in blocks]) for k in first.extras},
+        )
+
+
+@dataclass
+class Tap:
+    """Carries memory into one attention call and the new tokens' states out of it.
+
+    Attributes:
+        memory: what the layer remembers, or None for nothing; every new token sees all of it.
+        mask: (N, N) bool, which new tokens see which; None for causal.
+        queries, keys, values: set by the attention call: (B, H, n, D), (B, G, n, D), (B, G, n, D), rotated.
+    """
+
+    memory: LayerMemory | None = None
+    mask: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question asked at some time of the stream, and its answer if known.
+
+    Attributes:
+        question: text.
+        answer: text to be learned or compared with, or None.
+        time_s: asked after this many seconds of stream; None for its end.
+        earlier: (question, answer) pairs said before in the same dialogue; they are learned too.
+    """
+
+    question: str
+    answer: str | None = None
+    time_s: float | None = None
+    earlier: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class RenderedTurn:
+    """A turn as token ids. `labels` is -100 where nothing is learned; it is not shifted. Both (n,) int64."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+class MediaEncoder(ABC):
+    """The encoder side of one stream. Holds what an encoder needs to continue (a few frames, the next position)."""
+
+    @abstractmethod
+    def start(self) -> TokenBlock:
+        """The tokens before the first window: system prompt, opening marks."""
+
+    @abstractmethod
+    def push(self, window: MediaWindow) -> TokenBlock | None:
+        """The tokens that `window` completes; None while there are none yet."""
+
+    @abstractmethod
+    def finish(self) -> TokenBlock | None:
+        """The tokens that were waiting for more input when the stream ended."""
+
+    @abstractmethod
+    def text(self, ids: Tensor, *, closing: bool = True) -> TokenBlock:
+        """Text that follows what was pushed so far, as if the stream ended here: closing marks (unless the stream has
+        none open or `closing` is off), then `ids` (n,). Leaves the encoder as it is."""
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Tensor]:
+        """What a new encoder needs to go on from here, as tensors."""
+
+    @abstractmethod
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Go on from `snapshot`."""
+
+
+class StreamingModel(ABC):
+    """A decoder that can be run layer by layer, with encoders that can be run window by window."""
+
+    n_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    sampling_rate: int
+    eos_ids: tuple[int, ...]
+    module: nn.Module
+    tokenizer: Any
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and embeddings."""
+
+    @abstractmethod
+    def rotary(self) -> Rotary:
+        """How keys are rotated."""
+
+    @abstractmethod
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for (B, n, 3) positions, in the form the layers take."""
+
+    @abstractmethod
+    def run_layer(
+        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], tap: Tap, extras: Mapping[str, Tensor]
+    ) -> Tensor:
+        """One decoder layer on (B, n, E); attention goes through `tap`."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and output matrix: (..., E) -> (..., vocabulary)."""
+
+    @abstractmethod
+    def output_weight(self, layer: int) -> Tensor:
+        """(E, H * D) output projection of a layer's attention, adapters included, detached."""
+
+    @abstractmethod
+    def open(self, info: MediaInfo, fps: float, **options: Any) -> MediaEncoder:
+        """The encoder side of a new stream."""
+
+    @abstractmethod
+    def window_s(self, fps: float) -> float:
+        """Seconds of a window; encoding window by window, cut at multiples of this, is exact."""
+
+    @abstractmethod
+    def render(self, turn: Turn) -> RenderedTurn:
+        """The ids of a turn, from the first token after the closing marks to the answer's end (or, without an answer,
+        to where the answer begins)."""
+
+    @abstractmethod
+    def tokens_per_s(self, info: MediaInfo, fps: float) -> dict[str, float]:
+        """Tokens a second of "visual" and "audio" for such a file."""
+
+    def language_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Named modules of the language model alone (where adapters go); names relative to `module`."""
+        prefix = self.language_prefix()
+        for name, module in self.module.named_modules():
+            if name.startswith(prefix):
+                yield name, module
+
+    @abstractmethod
+    def language_prefix(self) -> str:
+        """Common prefix of the names of the decoder layers in `module`, e.g. "model.language_model.layers."."""
