@@ -1,0 +1,352 @@
+"""The stream loop: chunks through the decoder, a compressed memory between them.
+
+Training, evaluation and generation all go through `Stream`: `feed` runs a chunk through the layers and compresses every
+layer's memory, `ask` lets questions read the memory and leaves it as it was. A `StreamState` is a value: feeding returns
+a new one, so a state can be kept, branched and differentiated through.
+
+Shape legend: see `omnimem_train.memory.state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from omnimem_train.errors import UserError
+from omnimem_train.memory import positions as rotary_positions
+from omnimem_train.memory.allocation import Fixed
+from omnimem_train.memory.selector import Candidates, choose
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.memory.state import TEXT, VISUAL, LayerMemory
+from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Tap, TokenBlock
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Through which chunks the loss reaches the weights.
+
+    Attributes:
+        kind: "none" (inference), "all" chunks, "last" (the newest `chunks`), or "stop_layer": the OmniMem paper's
+            scheme (section on fine-tuning), where intermediate chunks give gradient only below layer `layer` and the
+            final chunk and the questions give it in all layers.
+        chunks: for "last".
+        layer: for "stop_layer".
+        checkpointing: recompute each chunk in the backward pass instead of storing its activations; what is stored
+            then is the memory between chunks. The recomputation reuses the selection of the first pass.
+    """
+
+    kind: str = "all"
+    chunks: int = 4
+    layer: int = 0
+    checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        kinds = ("none", "all", "last", "stop_layer")
+        if self.kind not in kinds:
+            raise UserError(f"unknown gradient kind {self.kind!r}", remedy=f"choose one of: {', '.join(kinds)}")
+        if self.kind == "last" and self.chunks < 1:
+            raise UserError(f"gradient through the last {self.chunks} chunks", remedy="give chunks >= 1")
+        if self.layer < 0:
+            raise UserError(f"gradient stop layer {self.layer} is negative")
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands.
+
+    Attributes:
+        layers: the memory of each layer.
+        pending: tokens that are encoded but not run yet, fewer than a chunk; None for none.
+        n_run: tokens run so far.
+        n_chunks: chunks run so far.
+        offset: (B,) int64 added to temporal positions of later tokens (0 with absolute positions).
+        horizon: (B,) int64, the largest temporal position run so far, offset included; -1 before any.
+    """
+
+    layers: tuple[LayerMemory, ...]
+    pending: TokenBlock | None
+    n_run: int
+    n_chunks: int
+    offset: Tensor
+    horizon: Tensor
+
+
+class Stream:
+    """A model with a memory.
+
+    Args:
+        model: the decoder to run.
+        spec: how memory is compressed.
+        gradient: which chunks carry gradient; none (the default) also switches gradients off.
+        total_tokens: length of the whole stream; gradient kinds "last" and "stop_layer" need it to know how many
+            chunks are still to come.
+
+    Raises:
+        UserError: a spec or a gradient setting that does not fit the model.
+    """
+
+    def __init__(
+        self, model: StreamingModel, spec: MemorySpec, gradient: Gradient | None = None, total_tokens: int = 0
+    ) -> None:
+        self.model, self.spec, self.total_tokens = model, spec, total_tokens
+        self.gradient = gradient or Gradient("none")
+        self.selector = spec.make_selector()
+        self.allocation = spec.make_allocation()
+        itemsize = torch.finfo(model.dtype).bits // 8
+        self.budgets = spec.layer_budgets(model.n_layers, model.kv_heads, model.head_dim, itemsize)
+        if self.gradient.kind in ("last", "stop_layer") and total_tokens < 1:
+            raise ValueError("this gradient kind needs total_tokens")
+        if self.gradient.kind == "stop_layer" and self.gradient.layer >= model.n_layers:
+            raise UserError(f"gradient stop layer {self.gradient.layer} of a model with {model.n_layers} layers")
+
+    # A stream's life -------------------------------------------------------------------------------------------------
+
+    def start(self, batch: int = 1) -> StreamState:
+        """An empty memory for `batch` streams of equal layout."""
+        m = self.model
+        wants_hidden = "hidden" in self.selector.needs and not self.spec.unlimited
+        empty = LayerMemory.empty(
+            batch,
+            m.kv_heads,
+            m.head_dim,
+            dtype=m.dtype,
+            device=m.device,
+            hidden_size=m.hidden_size if wants_hidden else None,
+        )
+        zero = torch.zeros(batch, dtype=torch.int64, device=m.device)
+        return StreamState((empty,) * m.n_layers, None, 0, 0, zero, zero - 1)
+
+    def feed(self, state: StreamState, block: TokenBlock) -> StreamState:
+        """Take in `block`; every full chunk is run and the memory compressed. Chunks are cut by number of tokens,
+        wherever that falls."""
+        pending = block if state.pending is None else TokenBlock.cat([state.pending, block])
+        size, start = self.spec.chunk_tokens, 0
+        while pending.n - start >= size:
+            state = self._run_chunk(state, pending[start : start + size])
+            start += size
+        return replace(state, pending=pending[start:] if start < pending.n else None)
+
+    def feed_all(self, state: StreamState, blocks: Iterable[TokenBlock]) -> StreamState:
+        """`feed` for each block."""
+        for block in blocks:
+            state = self.feed(state, block)
+        return state
+
+    def flush(self, state: StreamState) -> StreamState:
+        """Run what is pending as a shorter chunk and compress."""
+        if state.pending is None:
+            return state
+        return self._run_chunk(replace(state, pending=None), state.pending)
+
+    def ask(self, state: StreamState, questions: list[TokenBlock]) -> Tensor:
+        """Hidden states of questions that read the memory and nothing of each other.
+
+        Pending tokens are run and compressed first, on a copy: `state` stays valid and unchanged, so any number of
+        questions can share one pass over the stream.
+
+        Args:
+            questions: text blocks (B, n_i) with the positions they have in the uncompressed stream.
+
+        Returns:
+            (B, sum n_i, E), before the final norm.
+        """
+        state = self.flush(state)
+        block = TokenBlock.cat(questions)
+        mask = None if len(questions) == 1 else _separate([q.n for q in questions], block.embeds.device)
+
+        def run(layers: tuple[LayerMemory, ...]) -> Tensor:
+            return self._extend(layers, block, state.offset, mask)[1]
+
+        with self._grad(True):
+            if self._checkpoints():
+                return checkpoint(run, state.layers, use_reentrant=False)
+            return run(state.layers)
+
+    @torch.no_grad()
+    def generate(
+        self, state: StreamState, encoder: MediaEncoder, ids: Tensor, max_new_tokens: int = 64
+    ) -> list[int]:
+        """Greedy answer to the question `ids` (n,) of one stream; ends before an end-of-sequence token."""
+        state = self.flush(state)
+        layers, answer = state.layers, list[int]()
+        block = encoder.text(ids)
+        next_position = block.positions[:, -1:] + 1
+        for _ in range(max_new_tokens):
+            layers, hidden = self._extend(layers, block, state.offset)
+            token = int(self.model.logits(hidden[:, -1]).argmax(-1)[0])
+            if token in self.model.eos_ids:
+                break
+            answer.append(token)
+            new = encoder.text(torch.tensor([token], device=ids.device), closing=False)
+            block, next_position = replace(new, positions=next_position), next_position + 1
+        return answer
+
+    # One chunk -------------------------------------------------------------------------------------------------------
+
+    def _run_chunk(self, state: StreamState, chunk: TokenBlock) -> StreamState:
+        """Run `chunk` after the memory and compress, with the gradient this chunk is due."""
+        due = self._gradient_due(state, chunk)
+        stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
+        rows: list[Tensor | None] = []
+
+        def run(layers: tuple[LayerMemory, ...]) -> tuple[LayerMemory, ...]:
+            return self._layers_of_chunk(layers, chunk, state, stop_layer, rows)
+
+        with self._grad(due != "none"):
+            if due != "none" and self._checkpoints():
+                layers = checkpoint(run, state.layers, use_reentrant=False)
+            else:
+                layers = run(state.layers)
+        evicted = any(r is not None for r in rows)
+        offset, horizon = self._move(state, layers, chunk, evicted)
+        return StreamState(layers, None, state.n_run + chunk.n, state.n_chunks + 1, offset, horizon)
+
+    def _layers_of_chunk(
+        self,
+        layers: tuple[LayerMemory, ...],
+        chunk: TokenBlock,
+        state: StreamState,
+        stop_layer: int,
+        rows: list[Tensor | None],
+    ) -> tuple[LayerMemory, ...]:
+        """All layers on one chunk. `rows` holds the selection of each layer: empty on the first pass, which fills it,
+        full on a recomputation, which must not select anew (rounding could tip a tie)."""
+        hidden, kept = chunk.embeds, []
+        positions = _shift(chunk, state.offset)
+        rope = self.model.rope(positions)
+        index = torch.arange(state.n_run, state.n_run + chunk.n, device=hidden.device).expand(hidden.shape[0], -1)
+        first_pass = not rows
+        for layer, memory in enumerate(layers):
+            with torch.no_grad() if layer >= stop_layer else nullcontext():
+                tap = Tap(memory if memory.n_tokens else None)
+                layer_input = hidden if memory.hidden is not None else None
+                hidden = self.model.run_layer(layer, hidden, rope, tap, chunk.extras)
+                assert tap.keys is not None and tap.values is not None and tap.queries is not None
+                new = LayerMemory.from_chunk(
+                    tap.keys, tap.values, positions, chunk.modality, chunk.time_s, index, layer_input
+                )
+                tokens = memory.append(new)
+                if first_pass:
+                    chosen, evidence = self._select(layer, tokens, memory.n_tokens, tap.queries, state.n_chunks)
+                    rows.append(chosen)
+                    tokens = tokens if evidence is None else tokens.with_evidence(evidence)
+                kept.append(self._keep(tokens, rows[layer]))
+        return tuple(kept)
+
+    @torch.no_grad()
+    def _select(
+        self, layer: int, tokens: LayerMemory, n_memory: int, queries: Tensor, chunk: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Rows to keep (None: all) and the evidence (B, G, S) to store (None: none measured)."""
+        budget = self.budgets[layer]
+        if budget is None:
+            return None, None
+        n_text = int((tokens.modality[0, 0] == TEXT).sum())
+        left = self.spec.media_budget(budget, n_text)
+        allocation = self.allocation
+        if left.audio is not None and left.visual is not None:
+            allocation = Fixed(audio=left.audio, visual=left.visual)
+        n_chunk = tokens.n_tokens - n_memory
+        probes = self.selector.probes().rows(n_chunk, queries.device)
+        view = Candidates(
+            tokens=tokens.detach(),
+            n_memory=n_memory,
+            queries=queries.detach()[:, :, probes],
+            query_rows=probes + n_memory,
+            scaling=self.model.head_dim**-0.5,
+            output_weight=self.model.output_weight(layer) if "output_weight" in self.selector.needs else None,
+            layer=layer,
+            n_layers=self.model.n_layers,
+            seed=hash((self.spec.seed, chunk, layer)) & 0x7FFFFFFF,
+        )
+        rows, scored = choose(view, self.selector, allocation, left.total)
+        evidence = None if scored is None or scored.importance is None else scored.importance.float()
+        return (None if rows.shape[-1] == tokens.n_tokens else rows), evidence
+
+    def _keep(self, tokens: LayerMemory, rows: Tensor | None) -> LayerMemory:
+        """The selected tokens, moved together where positions are compact."""
+        if rows is None:
+            return tokens
+        kept = tokens.gather(rows)
+        if self.spec.positions == "compact":
+            kept = rotary_positions.compact(kept, self.model.rotary(), self.spec.max_gap)
+        return kept
+
+    def _extend(
+        self, layers: tuple[LayerMemory, ...], block: TokenBlock, offset: Tensor, mask: Tensor | None = None
+    ) -> tuple[tuple[LayerMemory, ...], Tensor]:
+        """Run text after the memory without compressing: the grown memory, and hidden states (B, n, E)."""
+        hidden, grown = block.embeds, []
+        positions = _shift(block, offset)
+        rope = self.model.rope(positions)
+        index = torch.full(block.modality.shape, -1, device=hidden.device)
+        for layer, memory in enumerate(layers):
+            tap = Tap(memory if memory.n_tokens else None, mask)
+            layer_input = hidden if memory.hidden is not None else None
+            hidden = self.model.run_layer(layer, hidden, rope, tap, block.extras)
+            assert tap.keys is not None and tap.values is not None
+            new = LayerMemory.from_chunk(
+                tap.keys, tap.values, positions, block.modality, block.time_s, index, layer_input
+            )
+            grown.append(memory.append(new) if mask is None else memory)
+        return tuple(grown), hidden
+
+    def _move(
+        self, state: StreamState, layers: tuple[LayerMemory, ...], chunk: TokenBlock, evicted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Offset and horizon after a chunk: with compact positions the stream goes on right after what was kept."""
+        newest = (chunk.positions[..., 0].amax(1) + state.offset).maximum(state.horizon)
+        if self.spec.positions != "compact" or not evicted:
+            return state.offset, newest
+        end = torch.stack([rotary_positions.end(memory) for memory in layers]).amax(0)
+        return state.offset - (newest + 1 - end), end - 1
+
+    # Gradient --------------------------------------------------------------------------------------------------------
+
+    def _gradient_due(self, state: StreamState, chunk: TokenBlock) -> str:
+        """ "none", "all", or "below" the stop layer, for the chunk that follows `state`."""
+        kind = self.gradient.kind
+        if kind in ("none", "all"):
+            return kind
+        size = self.spec.chunk_tokens
+        after = -(-(self.total_tokens - state.n_run - chunk.n) // size)  # chunks still to come
+        if kind == "last":
+            return "all" if after < self.gradient.chunks else "none"
+        return "all" if after <= 0 else "below"
+
+    def _grad(self, due: bool) -> torch.no_grad | nullcontext[None]:
+        return nullcontext() if due and self.gradient.kind != "none" else torch.no_grad()
+
+    def _checkpoints(self) -> bool:
+        return self.gradient.kind != "none" and self.gradient.checkpointing and torch.is_grad_enabled()
+
+
+def encode(encoder: MediaEncoder, windows: Iterable[MediaWindow]) -> Iterator[TokenBlock]:
+    """The whole of a stream as blocks, window by window: opening text, media, and what waited for more input."""
+    yield encoder.start()
+    for window in windows:
+        block = encoder.push(window)
+        if block is not None and block.n:
+            yield block
+    block = encoder.finish()
+    if block is not None and block.n:
+        yield block
+
+
+def _shift(block: TokenBlock, offset: Tensor) -> Tensor:
+    """(B, n, 3) positions moved by `offset` (B,): time for all, row and column for text and sound only (in a picture
+    they count from the stream's start)."""
+    move = offset[:, None, None].expand(-1, block.n, 3).clone()
+    move[..., 1:] *= (block.modality != VISUAL)[..., None]
+    return block.positions + move
+
+
+def _separate(lengths: list[int], device: torch.device) -> Tensor:
+    """(N, N) bool: causal inside each question, nothing across."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    return (owner[:, None] == owner[None, :]).tril()
