@@ -1,0 +1,182 @@
+"""`StreamSession`: watch a file or a live feed in a fixed memory, ask questions at any time, save and go on later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from omnimem_train.errors import UserError
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.memory.state import LayerMemory
+from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn
+from omnimem_train.streaming import Stream, StreamState
+
+FORMAT = 1
+
+
+class StreamSession:
+    """A stream in progress.
+
+    Args:
+        model: from `omnimem_train.models.load_model`.
+        spec: how memory is compressed.
+        info: which tracks the stream has (`omnimem_train.media.probe` for a file).
+        fps: frames a second that will be fed.
+        options: passed to the model's encoder (system prompt, pixel limits, ...).
+
+    Example:
+        >>> session = StreamSession(model, MemorySpec(budget=4096), info, fps=2.0)
+        >>> for window in read_windows(path, fps=2.0, window_s=model.window_s(2.0)):
+        ...     session.feed(window)
+        >>> session.ask("What is the dog doing?")
+    """
+
+    def __init__(
+        self, model: StreamingModel, spec: MemorySpec, info: MediaInfo, fps: float = 2.0, **options: Any
+    ) -> None:
+        self.model, self.spec, self.info, self.fps, self.options = model, spec, info, fps, options
+        self.stream = Stream(model, spec)
+        self.encoder = model.open(info, fps, **options)
+        self.state: StreamState = self.stream.feed(self.stream.start(), self.encoder.start())
+        self.watched_s = 0.0
+
+    @torch.no_grad()
+    def feed(self, window: MediaWindow) -> None:
+        """Take in the next window; windows must follow each other."""
+        if abs(window.start_s - self.watched_s) > 1e-3:
+            raise UserError(
+                f"this window starts at {window.start_s:g} s, the stream stands at {self.watched_s:g} s",
+                remedy="feed windows in order and without gaps",
+            )
+        self._take(self.encoder.push(window))
+        self.watched_s = window.end_s
+        if window.last:
+            self._take(self.encoder.finish())
+
+    def _take(self, block: TokenBlock | None) -> None:
+        if block is not None and block.n:
+            self.state = self.stream.feed(self.state, block)
+
+    def ask(self, question: str, max_new_tokens: int = 64) -> str:
+        """Greedy answer to a question about what was watched so far. The memory stays as it was."""
+        ids = self.model.render(Turn(question)).ids.to(self.model.device)
+        tokens = self.stream.generate(self.state, self.encoder, ids, max_new_tokens)
+        return self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def kept_tokens(self) -> list[int]:
+        """Tokens each layer holds per kv head, pinned text included."""
+        return [memory.n_tokens for memory in self.state.layers]
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write memory, pending tokens and encoder state to a safetensors file, with the fingerprints of the memory
+        spec and of the model's weights (adapters included)."""
+        tensors: dict[str, Tensor] = {"offset": self.state.offset, "horizon": self.state.horizon}
+        for i, memory in enumerate(self.state.layers):
+            named = dict(zip(LayerMemory.__dataclass_fields__, memory.tensors(), strict=True))
+            tensors |= {f"layer.{i}.{k}": v for k, v in named.items() if v is not None}
+        if self.state.pending is not None:
+            pending = self.state.pending
+            tensors |= {f"pending.{k}": getattr(pending, k) for k in ("embeds", "positions", "modality", "time_s")}
+            tensors |= {f"pending.extras.{k}": v for k, v in pending.extras.items()}
+        tensors |= {f"encoder.{k}": v for k, v in self.encoder.snapshot().items()}
+        about = {
+            "format": FORMAT,
+            "spec": self.spec.to_dict(),
+            "spec_fingerprint": self.spec.fingerprint(),
+            "model_fingerprint": model_fingerprint(self.model),
+            "info": asdict(self.info) | {"path": str(self.info.path)},
+            "fps": self.fps,
+            "options": self.options,
+            "watched_s": self.watched_s,
+            "n_run": self.state.n_run,
+            "n_chunks": self.state.n_chunks,
+        }
+        # copies: safetensors refuses tensors that share storage, and heads share positions before the first eviction
+        save_file(
+            {k: v.detach().clone().contiguous().cpu() for k, v in tensors.items()},
+            str(path),
+            metadata={"omnimem_session": json.dumps(about)},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, model: StreamingModel, spec: MemorySpec | None = None) -> StreamSession:
+        """Go on from a saved session.
+
+        Args:
+            spec: what the caller expects, or None to take the session's own.
+
+        Raises:
+            UserError: not a session file, another model or adapter, or another spec.
+        """
+        tensors, about = _read(Path(path))
+        saved = MemorySpec.from_dict(about["spec"])
+        if about["spec_fingerprint"] != saved.fingerprint():
+            raise UserError(f"the memory spec inside {path} does not match its fingerprint")
+        if spec is not None and spec.fingerprint() != saved.fingerprint():
+            raise UserError(
+                f"{path} was written with memory spec {saved.fingerprint()}, asked for is {spec.fingerprint()}",
+                remedy="load it without a spec, or watch the stream again with the new one",
+            )
+        now = model_fingerprint(model)
+        if about["model_fingerprint"] != now:
+            raise UserError(
+                f"{path} was written with model {about['model_fingerprint']}, this one is {now}",
+                cause="keys and values of other weights (or another adapter) mean nothing to this model",
+                remedy="load the model and adapter the session was saved with",
+            )
+        info = MediaInfo(**(about["info"] | {"path": Path(about["info"]["path"])}))
+        session = cls(model, saved, info, about["fps"], **about["options"])
+        session.encoder.restore(_part(tensors, "encoder."))
+        session.state = _state(tensors, about, model)
+        session.watched_s = about["watched_s"]
+        return session
+
+
+def model_fingerprint(model: StreamingModel) -> str:
+    """16 hex digits of the language model: names, shapes and some values of its weights, adapters included."""
+    digest = hashlib.sha256()
+    wanted = model.language_prefix()
+    for name, weight in model.module.named_parameters():
+        if wanted in name:
+            sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("omnimem_session", "null"))
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"cannot read the session {path}", cause=str(error)) from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise UserError(f"{path} is not a saved session of format {FORMAT}")
+    return tensors, about
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _state(tensors: dict[str, Tensor], about: dict[str, Any], model: StreamingModel) -> StreamState:
+    layers = []
+    for i in range(model.n_layers):
+        named = _part(tensors, f"layer.{i}.")
+        layers.append(LayerMemory.from_tensors(named.get(k) for k in LayerMemory.__dataclass_fields__).to(model.device))
+    pending = None
+    if held := {k: v.to(model.device) for k, v in _part(tensors, "pending.").items()}:
+        pending = TokenBlock(held["embeds"], held["positions"], held["modality"], held["time_s"])
+        pending = replace(pending, extras=_part(held, "extras."))
+    offset, horizon = tensors["offset"].to(model.device), tensors["horizon"].to(model.device)
+    return StreamState(tuple(layers), pending, about["n_run"], about["n_chunks"], offset, horizon)

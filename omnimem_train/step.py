@@ -1,0 +1,227 @@
+"""One training step on one stream: encode, stream with compression, ask, sum the losses.
+
+Everything happens inside one `forward` of one module, so DDP, ZeRO and FSDP see a single call however many chunks it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from omnimem_train.errors import UserError
+from omnimem_train.losses import LossConfig, answer_loss, distillation_loss, supervised
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
+from omnimem_train.models.interface import MediaEncoder, MediaWindow, RenderedTurn, StreamingModel, TokenBlock
+from omnimem_train.streaming import Gradient, Stream, StreamState
+
+
+@dataclass(frozen=True)
+class TimedTurn:
+    """A rendered turn and the second of the stream it is asked at (None: its end)."""
+
+    rendered: RenderedTurn
+    time_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A turn placed in an encoded stream: asked after the first `after` blocks.
+
+    Attributes:
+        block: its tokens, closing marks included.
+        read: (m,) int64 rows of `block` whose next token is supervised.
+        targets: (m,) int64 those next tokens.
+    """
+
+    after: int
+    block: TokenBlock
+    read: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedStream:
+    """A stream as embeddings, with its questions in the order of `after`."""
+
+    blocks: list[TokenBlock]
+    questions: list[Question]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the stream itself, questions not counted."""
+        return sum(block.n for block in self.blocks)
+
+
+@dataclass
+class StepResult:
+    """What one stream gave.
+
+    Attributes:
+        loss: scalar with gradient, summed over supervised tokens and weighted as the config says.
+        answer_loss, distill_loss: the unweighted sums, detached.
+        targets: supervised tokens.
+        stream_tokens: tokens streamed.
+        chunks: chunks run.
+        kept: "text", "visual", "audio" -> tokens kept at the end, mean over layers and heads (a tensor).
+        seen: the same modalities -> tokens streamed.
+    """
+
+    loss: Tensor
+    answer_loss: Tensor
+    distill_loss: Tensor
+    targets: int
+    stream_tokens: int
+    chunks: int
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def encode_stream(
+    encoder: MediaEncoder, windows: Iterable[MediaWindow], turns: list[TimedTurn], device: torch.device
+) -> EncodedStream:
+    """Encode a whole stream and place its turns.
+
+    A turn at time t is put after the last window that ends at or before t, so it sees only what came before.
+
+    Raises:
+        UserError: a turn later than the stream's end.
+    """
+    blocks, questions = [encoder.start()], []
+    waiting = sorted((t for t in turns if t.time_s is not None), key=lambda t: float(t.time_s or 0.0))
+    end_s = 0.0
+    for window in windows:
+        while waiting and float(waiting[0].time_s or 0.0) < window.end_s - 1e-6:
+            questions.append(_place(encoder, waiting.pop(0), len(blocks), device))
+        if (block := encoder.push(window)) is not None and block.n:
+            blocks.append(block)
+        end_s = window.end_s
+    if (block := encoder.finish()) is not None and block.n:
+        blocks.append(block)
+    late = [t for t in waiting if float(t.time_s or 0.0) > end_s + 1e-6]
+    if late:
+        raise UserError(
+            f"a turn is asked at {late[0].time_s:g} s, the stream ends at {end_s:g} s", remedy="correct its time_s"
+        )
+    at_end = waiting + [t for t in turns if t.time_s is None]
+    questions += [_place(encoder, turn, len(blocks), device) for turn in at_end]
+    return EncodedStream(blocks, questions)
+
+
+def _place(encoder: MediaEncoder, turn: TimedTurn, after: int, device: torch.device) -> Question:
+    ids, labels = turn.rendered.ids.to(device), turn.rendered.labels.to(device)
+    block = encoder.text(ids)
+    read = supervised(labels)
+    # closing marks come before the ids and are never supervised
+    return Question(after, block, read + block.n - ids.shape[0], labels[read + 1])
+
+
+def answer_logits(stream: Stream, encoded: EncodedStream) -> tuple[list[Tensor], StreamState]:
+    """Stream `encoded` and answer its questions.
+
+    Questions asked at the same moment share one pass over the memory.
+
+    Returns:
+        for each question (m, vocabulary) logits of its supervised tokens; and the state at the stream's end, flushed.
+    """
+    state, logits, asked = stream.start(), list[Tensor](), 0
+    questions = encoded.questions
+    for n_fed in range(len(encoded.blocks) + 1):
+        if n_fed:
+            state = stream.feed(state, encoded.blocks[n_fed - 1])
+        if n_fed == len(encoded.blocks):
+            state = stream.flush(state)
+        now = asked
+        while asked < len(questions) and questions[asked].after == n_fed:
+            asked += 1
+        if asked > now:
+            logits += _ask(stream, state, questions[now:asked])
+    assert asked == len(questions)
+    return logits, state
+
+
+def _ask(stream: Stream, state: StreamState, questions: list[Question]) -> list[Tensor]:
+    hidden = stream.ask(state, [q.block for q in questions])[0]
+    starts = [0]
+    for q in questions:
+        starts.append(starts[-1] + q.block.n)
+    rows = torch.cat([q.read + start for q, start in zip(questions, starts, strict=False)])
+    return list(stream.model.logits(hidden[rows]).split([len(q.read) for q in questions]))
+
+
+class StreamingStep(nn.Module):
+    """The module a trainer wraps.
+
+    Args:
+        model: what is trained; its `module` becomes a submodule, so its weights are this module's.
+        loss: what is minimised.
+        adapters_off: context in which the model runs without its adapters (the teacher of a distillation).
+    """
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        loss: LossConfig,
+        adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        super().__init__()
+        self.model, self.loss, self.adapters_off = model, loss, adapters_off
+        self.module = model.module
+
+    def forward(
+        self,
+        encoder: MediaEncoder,
+        windows: Iterable[MediaWindow],
+        turns: list[TimedTurn],
+        spec: MemorySpec,
+        gradient: Gradient,
+    ) -> StepResult:
+        """Loss of one stream under one memory spec."""
+        encoded = encode_stream(encoder, windows, turns, self.model.device)
+        stream = Stream(self.model, spec, gradient, encoded.n_tokens)
+        logits, state = answer_logits(stream, encoded)
+        answer = torch.stack([answer_loss(x, q.targets) for x, q in zip(logits, encoded.questions, strict=True)]).sum()
+        total, distill = self.loss.answer * answer, torch.zeros_like(answer)
+        if self.loss.distill > 0:
+            distill = self._distill(encoded, spec, logits)
+            total = total + self.loss.distill * distill
+        return StepResult(
+            loss=total,
+            answer_loss=answer.detach(),
+            distill_loss=distill.detach(),
+            targets=sum(len(q.targets) for q in encoded.questions),
+            stream_tokens=encoded.n_tokens,
+            chunks=state.n_chunks,
+            kept=kept_by_modality(state),
+            seen=seen_by_modality(encoded.blocks),
+        )
+
+    def _distill(self, encoded: EncodedStream, spec: MemorySpec, logits: list[Tensor]) -> Tensor:
+        """Divergence from the same model without adapters and with an unlimited memory."""
+        with torch.no_grad(), self.adapters_off():
+            teacher, _ = answer_logits(Stream(self.model, spec.replace(selector="full", selector_options={})), encoded)
+        pairs = zip(logits, teacher, strict=True)
+        return torch.stack([distillation_loss(x, t, self.loss.temperature) for x, t in pairs]).sum()
+
+
+_NAMES = {"text": TEXT, "visual": VISUAL, "audio": AUDIO}
+
+
+def kept_by_modality(state: StreamState) -> dict[str, Tensor]:
+    """Tokens kept, by modality: mean over layers, streams and kv heads."""
+    counts = {}
+    for name, code in _NAMES.items():
+        per_layer = [(m.modality == code).sum(-1).float().mean() for m in state.layers]
+        counts[name] = torch.stack(per_layer).mean()
+    return counts
+
+
+def seen_by_modality(blocks: list[TokenBlock]) -> dict[str, int]:
+    """Tokens of the stream, by modality (first stream of the batch)."""
+    modality = torch.cat([block.modality[0] for block in blocks]).cpu()
+    return {name: int((modality == code).sum()) for name, code in _NAMES.items()}
