@@ -1,0 +1,174 @@
+"""From a path or hub name to a model: the checkpoint's `config.json` says which class reads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omnimem_train.errors import UserError, nearest
+from omnimem_train.models.interface import StreamingModel
+
+# model_type of config.json -> "module:class"; imported when needed.
+MODELS: dict[str, str] = {
+    "qwen2_5_omni": "omnimem_train.models.qwen2_5_omni:Qwen2_5OmniStreaming",
+    "qwen2_5_omni_thinker": "omnimem_train.models.qwen2_5_omni:Qwen2_5OmniStreaming",
+}
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_KERNELS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how to hold it.
+
+    Attributes:
+        path: checkpoint folder, or a name on the Hugging Face hub ("Qwen/Qwen2.5-Omni-7B").
+        dtype: "auto" (as stored), "float32", "bfloat16", "float16" or "float64".
+        device: "auto" (the first accelerator there is, else the CPU) or a torch device.
+        attention: kernel of the decoder's attention, "sdpa", or "eager" as a reference.
+        adapter: folder of a PEFT adapter to put on the model, or None.
+    """
+
+    path: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("dtype", self.dtype, _DTYPES), ("attention", self.attention, _KERNELS)):
+            if value not in known:
+                raise UserError(
+                    f"model.{name} is {value!r}{nearest(value, known)}", remedy=f"choose one of: {', '.join(known)}"
+                )
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    attention: str = "sdpa",
+    adapter: str | Path | None = None,
+) -> StreamingModel:
+    """The streaming model of a checkpoint, in evaluation mode, all its weights frozen.
+
+    The arguments are the fields of `ModelConfig`.
+
+    Raises:
+        UserError: no such folder, no `config.json` or weights in it, or a kind of model that is not known here.
+    """
+    config = ModelConfig(str(path), dtype, str(device), attention, None if adapter is None else str(adapter))
+    target = model_class(config.path)
+    where = pick_device(config.device)
+    model: StreamingModel = target.from_checkpoint(config.path, dtype=dtype, device=where, attention=attention)
+    if config.adapter is not None:
+        from omnimem_train.models.lora import load_adapter  # peft only where an adapter is
+
+        load_adapter(model, config.adapter)
+    return model
+
+
+def load(config: ModelConfig) -> StreamingModel:
+    """`load_model` with the fields of `config`."""
+    return load_model(
+        config.path, dtype=config.dtype, device=config.device, attention=config.attention, adapter=config.adapter
+    )
+
+
+def model_class(path: str) -> Any:
+    """The class that reads the checkpoint at `path`.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    kind = read_json(path, "config.json").get("model_type")
+    if kind not in MODELS:
+        raise UserError(
+            f"{path} holds a model of type {kind!r}{nearest(str(kind), MODELS)}",
+            cause="only models whose encoders and decoder are known here can stream",
+            remedy=f"use a checkpoint of one of these types: {', '.join(MODELS)}",
+        )
+    module, name = MODELS[kind].split(":")
+    return getattr(import_module(module), name)
+
+
+def pick_device(device: str) -> torch.device:
+    """A torch device from its name; "auto" is the current accelerator if there is one.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device(found.type, torch.accelerator.current_device_index()) if found else torch.device("cpu")
+    try:
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"cannot use the device {device!r}", cause=first_line, remedy="try 'auto' or 'cpu'") from error
+
+
+def read_json(path: str | Path, name: str, *, required: bool = True) -> dict[str, Any]:
+    """The JSON file `name` of a checkpoint folder or hub repository; {} when it is absent and not `required`.
+
+    Raises:
+        UserError: the checkpoint or the file is absent, or the file is no JSON object.
+    """
+    file = find_file(path, name)
+    if file is None:
+        if required:
+            raise UserError(
+                f"{path} has no {name}",
+                cause="it is not a checkpoint in the Hugging Face layout, or not complete",
+                remedy="give the folder that save_pretrained wrote, or a name on the hub",
+            )
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}", cause=str(error), remedy="fetch the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object", remedy="fetch the checkpoint again")
+    return content
+
+
+def find_file(path: str | Path, name: str) -> Path | None:
+    """Where a file of a checkpoint is; fetched from the hub if need be; None when the checkpoint has no such file.
+
+    Raises:
+        UserError: there is no such folder and no such repository, or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    parts = str(path).split("/")
+    if folder.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise UserError(
+            f"there is no model folder {str(path)!r}", remedy="check the path, or give a hub name like Qwen/Qwen2.5-Omni-7B"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(path), name))
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(path, error) from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: str | Path, error: Exception) -> UserError:
+    return UserError(
+        f"there is no folder {str(path)!r}, and the hub gave no such model",
+        cause=(str(error).strip().splitlines() or [type(error).__name__])[0],
+        remedy="check the path or the hub name; without a network, download the checkpoint first",
+    )

@@ -1,0 +1,235 @@
+"""Qwen2.5-Omni (arXiv 2503.20215) behind the interface: the stock thinker, driven layer by layer.
+
+Only the thinker is loaded, from a thinker checkpoint or out of a full Omni checkpoint. Its parts sit at different names
+in different versions of transformers (`model.language_model` and `model.visual` since 5.18 or so, `model` and `visual`
+before); `Parts` finds them by what is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnimem_train.errors import UserError
+from omnimem_train.memory.positions import Rotary
+from omnimem_train.models.attention import NAME
+from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Tap, Turn
+from omnimem_train.models.loading import find_file, read_json
+
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a thinker, whichever version of transformers built it.
+
+    Attributes:
+        text: decoder with `embed_tokens`, `layers`, `norm`, `rotary_emb`.
+        visual, audio: the two towers.
+        layers_prefix: of the names of the decoder layers in the thinker.
+    """
+
+    text: nn.Module
+    visual: nn.Module
+    audio: nn.Module
+    layers_prefix: str
+
+    @classmethod
+    def of(cls, thinker: nn.Module) -> Parts:
+        """Find the parts of `thinker`."""
+        inner: Any = thinker.model
+        if hasattr(inner, "language_model"):
+            return cls(inner.language_model, inner.visual, inner.audio_tower, "model.language_model.layers.")
+        outer: Any = thinker
+        return cls(inner, outer.visual, outer.audio_tower, "model.layers.")
+
+
+class Qwen2_5OmniStreaming(StreamingModel):
+    """A Qwen2.5-Omni thinker that can be run on a stream.
+
+    Args:
+        module: the stock thinker.
+        tokenizer: its tokenizer.
+        preprocessing: the checkpoint's preprocessing options, see `preprocess.read_settings`.
+        attention: kernel of the decoder's attention, "sdpa" or "eager".
+
+    Raises:
+        UserError: the decoder uses a sliding window, which a memory between chunks does not support.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any, preprocessing: Any, attention: str = "sdpa") -> None:
+        self.module, self.tokenizer, self.preprocessing, self.attention = module, tokenizer, preprocessing, attention
+        self.parts = Parts.of(module)
+        config: Any = self.parts.text.config
+        if config.use_sliding_window:
+            raise UserError(
+                "the checkpoint's decoder attends in a sliding window (use_sliding_window)",
+                cause="tokens outside the window would be invisible however long they are remembered",
+                remedy="set use_sliding_window to false in its config.json",
+            )
+        module.set_attn_implementation({"text_config": NAME})  # type: ignore[operator]
+        self.n_layers = config.num_hidden_layers
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.hidden_size = config.hidden_size
+        self.head_dim = getattr(config, "head_dim", None) or self.hidden_size // self.heads
+        self.sampling_rate = 16000
+        self.eos_ids = self._eos_ids()
+        self._output_weights: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+
+    @classmethod
+    def from_checkpoint(cls, path: str, *, dtype: str, device: torch.device, attention: str) -> Qwen2_5OmniStreaming:
+        """Load the thinker of the checkpoint at `path`, frozen, in evaluation mode. Arguments as in `load_model`.
+
+        Raises:
+            UserError: weights are absent or do not fit the configuration.
+        """
+        if not any(find_file(path, name) for name in WEIGHTS):
+            raise UserError(
+                f"{path} has a config.json but no weights", remedy=f"complete the download; one of {', '.join(WEIGHTS)}"
+            )
+        content = read_json(path, "config.json")
+        config = Qwen2_5OmniThinkerConfig.from_dict(content.get("thinker_config", content))
+        stock = Qwen2_5OmniThinkerForConditionalGeneration
+        module, report = stock.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise UserError(
+                f"{path} lacks {len(missing)} of the thinker's weights, {missing[0]} first",
+                cause="the checkpoint is incomplete, or config.json describes another model",
+                remedy="fetch the checkpoint again",
+            )
+        module.to(device).eval().requires_grad_(False)
+        return cls(module, AutoTokenizer.from_pretrained(path), None, attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return self.parts.text.embed_tokens.weight.device  # type: ignore[union-attr,return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and embeddings."""
+        return self.parts.text.embed_tokens.weight.dtype  # type: ignore[union-attr,return-value]
+
+    # decoder side ----------------------------------------------------------------------------------------------------
+
+    def rotary(self) -> Rotary:
+        """How keys are rotated: the sections of M-RoPE (`mrope_section`) go to time, row and column in turn."""
+        rope: Any = self.parts.text.rotary_emb
+        sections = self.parts.text.config.rope_parameters["mrope_section"]  # type: ignore[union-attr,index]
+        axes = torch.tensor([i % 3 for i in range(len(sections))])
+        axis = axes.repeat_interleave(torch.tensor(sections))
+        return Rotary(rope.inv_freq.detach().float(), axis.to(rope.inv_freq.device))
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for (B, n, 3) positions, in the form this version's layers take."""
+        like = torch.empty(0, dtype=self.dtype, device=positions.device)
+        return self.parts.text.rotary_emb(like, positions.permute(2, 0, 1))  # type: ignore[operator]
+
+    def run_layer(
+        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], tap: Tap, extras: Mapping[str, Tensor]
+    ) -> Tensor:
+        """One decoder layer on (B, n, E); attention goes through `tap`.
+
+        Raises:
+            UserError: gradient checkpointing of transformers is on: it drops keyword arguments that look like a cache.
+        """
+        block: Any = self.parts.text.layers[layer]  # type: ignore[index]
+        if getattr(block, "gradient_checkpointing", False):
+            raise UserError(
+                "gradient checkpointing of transformers is switched on in the decoder",
+                cause="it silently drops caches; streams checkpoint whole chunks instead",
+                remedy="call gradient_checkpointing_disable() on the model",
+            )
+        out = block(
+            hidden,
+            attention_mask=None,
+            position_embeddings=rope,
+            past_key_values=None,
+            use_cache=False,
+            tap=tap,
+            kernel=self.attention,
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and output matrix: (..., E) -> (..., vocabulary)."""
+        return self.module.lm_head(self.parts.text.norm(hidden))  # type: ignore[operator]
+
+    def output_weight(self, layer: int) -> Tensor:
+        """(E, H * D) output projection of a layer's attention, adapters included, detached.
+
+        With adapters that are being trained it is computed anew with each call: optimizers that write through `.data`
+        (DeepSpeed) leave no trace by which a stored one could be known to be stale.
+        """
+        projection: Any = self.parts.text.layers[layer].self_attn.o_proj  # type: ignore[index,union-attr]
+        if not hasattr(projection, "get_delta_weight"):
+            return projection.weight.detach()
+        base = projection.base_layer.weight
+        active = () if projection.disable_adapters or projection.merged else tuple(projection.active_adapters)
+        names = [name for name in active if name in projection.lora_A]
+        if not names:
+            return base.detach()
+        parameters = [base] + [side[name].weight for side in (projection.lora_A, projection.lora_B) for name in names]
+        state = (*names, *((id(p), p._version) for p in parameters))
+        stored = self._output_weights.get(layer)
+        trained = any(p.requires_grad for p in parameters[1:])
+        if stored is not None and stored[0] == state and not trained:
+            return stored[1]
+        with torch.no_grad():
+            delta = sum(projection.get_delta_weight(name).float() for name in names)
+            weight = (base.float() + delta).to(base.dtype)
+        if not trained:
+            self._output_weights[layer] = (state, weight)
+        return weight
+
+    def language_prefix(self) -> str:
+        """Common prefix of the names of the decoder layers in `module`."""
+        return self.parts.layers_prefix
+
+    # encoder side ----------------------------------------------------------------------------------------------------
+
+    def open(self, info: MediaInfo, fps: float, **options: Any) -> MediaEncoder:
+        """The encoder side of a new stream; options as in `OmniEncoder`."""
+        raise NotImplementedError
+
+    def window_s(self, fps: float) -> float:
+        """Smallest multiple of 2 s (a block of the audio tower) that holds whole temporal patches of 2 / fps seconds."""
+        patch = Fraction(2) / Fraction(fps).limit_denominator(1000)
+        return float(math.lcm(2 * patch.denominator, patch.numerator) / patch.denominator)
+
+    def render(self, turn: Turn) -> RenderedTurn:
+        """The ids of a turn; answers and the <|im_end|> that closes each are learned."""
+        ids: list[int] = []
+        labels: list[int] = []
+
+        def add(text: str, learned: bool) -> None:
+            new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids.extend(new)
+            labels.extend(new if learned else [-100] * len(new))
+
+        pairs = [*turn.earlier, (turn.question, turn.answer)]
+        for i, (question, answer) in enumerate(pairs):
+            opening = "\n<|im_start|>user\n" if i else ""
+            add(f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n", learned=False)
+            if answer is not None:
+                add(f"{answer}<|im_end|>", learned=True)
+        return RenderedTurn(torch.tensor(ids), torch.tensor(labels))
+
+    def tokens_per_s(self, info: MediaInfo, fps: float) -> dict[str, float]:
+        """Tokens a second of "visual" and "audio" for such a file."""
+        raise NotImplementedError
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the end of a turn, and of a text."""
+        return tuple(self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
