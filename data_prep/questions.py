@@ -73,7 +73,8 @@ class QuestionMaker:
     def _order(self, spec: ClipSpec) -> Iterator[tuple[str, str, str, list[str], float]]:
         """Which of four came first: four shapes, and four events of either kind from different slots."""
         by_slot: dict[int, list[Sight | Sound]] = {}
-        for event in (*spec.sights, *spec.sounds):
+        happened: list[Sight | Sound] = [*spec.sights, *spec.sounds]
+        for event in happened:
             by_slot.setdefault(event.slot, []).append(event)
         mixed = [events[int(self._rng.integers(len(events)))] for _, events in sorted(by_slot.items())]
         for text, events in (("Which of these shapes came first?", spec.sights), ("Which of these came first?", mixed)):
