@@ -178,7 +178,8 @@ def from_published(found: dict[str, Any], source: str) -> dict[str, Any]:
             f"this is a stock {backbone} checkpoint; video-SALMONN 2+ adds an audio encoder and a Q-Former to it",
             "give the folder of a video-SALMONN 2+ checkpoint",
         )
-    kept = {k: v for k, v in found.items() if k not in ("audio_config", "architectures", "transformers_version")}
+    dropped = ("model_type", "audio_config", "architectures", "transformers_version")
+    kept = {k: v for k, v in found.items() if k not in dropped}
     stock = AutoConfig.for_model(backbone, **kept)
     out = {name: found[name] for name in TOKEN_IDS if name in found}
     dtype = found.get("dtype", found.get("torch_dtype"))

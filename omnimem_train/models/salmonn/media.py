@@ -94,7 +94,7 @@ def pixel_budget(taken: int, sampling: Sampling) -> float:
     have together, shared among those taken. Short clips are therefore shown much larger."""
     if taken >= sampling.max_frames:
         return sampling.max_frame_pixels
-    return sampling.max_frame_pixels * 0.95 * sampling.max_frames / taken
+    return sampling.max_frame_pixels * (0.95 * sampling.max_frames / taken)
 
 
 def resized(height: int, width: int, taken: int, sampling: Sampling, rules: PictureRules) -> tuple[int, int]:
