@@ -23,6 +23,8 @@ from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingM
 from omnimem_train.streaming import Stream, StreamState
 
 LETTERS = "ABCDEFGHIJ"
+# What fails an item instead of the run. Anything else is a defect of this package and stops it.
+FAILURES = (UserError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Evaluator:
     @torch.no_grad()
     def clip(self, clip: Clip, skip: frozenset[tuple[str, str]] = frozenset()) -> list[ItemResult]:
         """Results of all questions and settings for a clip. A setting whose every answer is in `skip` ((question id,
-        setting key)) is not run. A `UserError` while decoding or streaming fails the items that needed it."""
+        setting key)) is not run. What goes wrong while decoding or streaming
+        (`FAILURES`) fails the items that needed it."""
         left = [s for s in self.settings if any((q.id, s.key()) not in skip for q in clip.questions)]
         results: list[ItemResult] = []
         broken: dict[str, str] = {}
@@ -178,7 +181,7 @@ class Evaluator:
                 if block is not None:
                     self._each(left, broken, lambda s, b=block: self._feed(states, s, b))
             results += self._ask(clip, waiting, left, states, encoder, broken)
-        except UserError as error:
+        except FAILURES as error:
             for s in left:
                 broken.setdefault(s.key(), str(error))
         answered = {(r.question, r.key) for r in results}
@@ -196,7 +199,7 @@ class Evaluator:
             try:
                 with nullcontext() if s.adapter else self.adapters_off():
                     run(s)
-            except UserError as error:
+            except FAILURES as error:
                 broken[s.key()] = str(error)
 
     def _feed(self, states: dict[str, StreamState], s: Setting, block: TokenBlock) -> None:
@@ -312,6 +315,12 @@ def read_results(path: Path) -> list[ItemResult]:
     return results
 
 
+def _drop_partial_line(path: Path) -> None:
+    """Cut off a last line without its end, which a crash leaves behind; what follows would be glued to it."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
 def run(
     evaluator: Evaluator,
     clips: list[Clip],
@@ -331,6 +340,7 @@ def run(
     known = collect(folder)
     done = frozenset((r.question, r.key) for r in known if not (retry_failed and r.error))
     out = folder / f"results-rank{rank}.jsonl"
+    _drop_partial_line(out)
     new: list[ItemResult] = []
     with out.open("a") as file:
         for clip in progress(clips[rank::world]):

@@ -107,6 +107,28 @@ class MemorySpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    def at(self, budget: int | None, chunk_tokens: int | None = None) -> MemorySpec:
+        """This spec with another budget: `budget` tokens a layer, None for no limit, and, if given, another chunk.
+
+        A layer table keeps its shape and is scaled so that its mean is `budget` (every entry at least 1 token).
+        """
+        chunk = self.chunk_tokens if chunk_tokens is None else chunk_tokens
+        if budget is None:
+            return self.replace(budget=None, layer_table=(), chunk_tokens=chunk)
+        if not self.layer_table:
+            return self.replace(budget=budget, chunk_tokens=chunk)
+        entries = [_table_entry(entry) for entry in self.layer_table]
+        factor = budget * len(entries) / sum(e.total for e in entries)
+
+        def scaled(n: int) -> int:
+            return max(1, round(n * factor))
+
+        table = [
+            scaled(e.total) if e.audio is None or e.visual is None else [scaled(e.audio), scaled(e.visual)]
+            for e in entries
+        ]
+        return self.replace(budget=budget, layer_table=tuple(table), chunk_tokens=chunk)
+
     @property
     def unlimited(self) -> bool:
         """True when nothing is ever dropped."""

@@ -10,7 +10,7 @@ Shape legend: see `omnimem_train.memory.state`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,14 @@ class StreamingModel(ABC):
     @abstractmethod
     def open(self, info: MediaInfo, fps: float, **options: Any) -> MediaEncoder:
         """The encoder side of a new stream."""
+
+    def prepass(self, sound: Iterable[np.ndarray]) -> dict[str, Any]:
+        """Options for `open` that take a look at the whole sound track first; none unless a model needs some.
+
+        Args:
+            sound: the track in blocks of (m,) float32 samples at `sampling_rate`.
+        """
+        return {}
 
     @abstractmethod
     def window_s(self, fps: float) -> float:
