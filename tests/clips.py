@@ -13,7 +13,7 @@ RATE = 16000
 
 
 def numbered_frames(n: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """(n, height, width, 3) uint8: a flat grey that names the frame (see `frame_numbers`) and a bright top left corner."""
+    """(n, height, width, 3) uint8: a grey that names the frame (see `frame_numbers`), and a bright top left corner."""
     frames = np.empty((n, height, width, 3), np.uint8)
     frames[:] = (30 + 8 * np.arange(n) % 200)[:, None, None, None]
     frames[:, : height // 4, : width // 4] = 255
@@ -53,7 +53,9 @@ def write_media(
         encoders = []
         if frames is not None:
             rate_v = Fraction(fps).limit_denominator(1001)
-            video = out.add_stream("libx264", rate=rate_v, options={"crf": "12", "preset": "veryfast", **(stream_options or {})})
+            video = out.add_stream(
+                "libx264", rate=rate_v, options={"crf": "12", "preset": "veryfast", **(stream_options or {})}
+            )
             video.width, video.height = frames.shape[2], frames.shape[1]
             video.pix_fmt = "yuv420p" if frames.shape[1] % 2 == frames.shape[2] % 2 == 0 else "yuv444p"
             if frame_times is not None:
