@@ -5,7 +5,7 @@
         for window in reader:
             ...
 
-How frames and samples are chosen, and what the two readers cost, is said in `omnimem_train.decoders`. There is no
+How frames and samples are chosen, and what the two readers cost, is said in `omnimem_train.media_decode`. There is no
 fallback from one reader to the other. A decoding process serves one file at a time and is reused for the next; every
 reader that is open at the same time has its own. A file that crashes or hangs it costs that process, nothing else.
 """
@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from omnimem_train.decoders import READERS
 from omnimem_train.errors import UserError, nearest
+from omnimem_train.media_decode import READERS
 from omnimem_train.media_worker import HEADER
 from omnimem_train.models.interface import MediaInfo, MediaWindow
 

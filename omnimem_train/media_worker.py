@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from omnimem_train.decoders import TAIL_S, Picture, Sound, Unreadable, open_picture, open_sound
+from omnimem_train.media_decode import TAIL_S, Picture, Sound, Unreadable, open_picture, open_sound
 
 HEADER = struct.Struct("<IQ")
 Answer = tuple[dict[str, Any], list[np.ndarray]]
