@@ -32,7 +32,7 @@ def nano_session(nano_folder: Path) -> StreamingModel:
     return load_model(nano_folder, device="cpu")
 
 
-@pytest.fixture()
+@pytest.fixture
 def nano(nano_folder: Path) -> StreamingModel:
     """A nano model of the test's own, to be changed at will."""
     from omnimem_train.models.loading import load_model

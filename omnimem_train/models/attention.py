@@ -111,7 +111,9 @@ def _lower_right(n: int, total: int, device: torch.device) -> Tensor:
     return torch.ones(n, total, dtype=torch.bool, device=device).tril(total - n)
 
 
-def no_mask(*, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask: Tensor | None = None, **_: Any) -> None:
+def no_mask(
+    *, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask: Tensor | None = None, **_: Any
+) -> None:
     """The mask function registered with `attend`: it never builds one, and refuses what would need one.
 
     Raises:

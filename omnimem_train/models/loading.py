@@ -151,7 +151,8 @@ def find_file(path: str | Path, name: str) -> Path | None:
     parts = str(path).split("/")
     if folder.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise UserError(
-            f"there is no model folder {str(path)!r}", remedy="check the path, or give a hub name like Qwen/Qwen2.5-Omni-7B"
+            f"there is no model folder {str(path)!r}",
+            remedy="check the path, or give a hub name like Qwen/Qwen2.5-Omni-7B",
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnimem_train.errors import UserError
+from omnimem_train.errors import UserError, nearest
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.models.attention import NAME
+from omnimem_train.models.encoding import OmniEncoder
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Tap, Turn
+from omnimem_train.models.layout import BLOCK_POSITIONS, POSITIONS_PER_S
 from omnimem_train.models.loading import find_file, read_json
+from omnimem_train.models.preprocess import Settings, read_settings, smart_resize
 
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -57,14 +61,14 @@ class Qwen2_5OmniStreaming(StreamingModel):
     Args:
         module: the stock thinker.
         tokenizer: its tokenizer.
-        preprocessing: the checkpoint's preprocessing options, see `preprocess.read_settings`.
+        preprocessing: the checkpoint's preprocessing.
         attention: kernel of the decoder's attention, "sdpa" or "eager".
 
     Raises:
         UserError: the decoder uses a sliding window, which a memory between chunks does not support.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, preprocessing: Any, attention: str = "sdpa") -> None:
+    def __init__(self, module: nn.Module, tokenizer: Any, preprocessing: Settings, attention: str = "sdpa") -> None:
         self.module, self.tokenizer, self.preprocessing, self.attention = module, tokenizer, preprocessing, attention
         self.parts = Parts.of(module)
         config: Any = self.parts.text.config
@@ -74,14 +78,25 @@ class Qwen2_5OmniStreaming(StreamingModel):
                 cause="tokens outside the window would be invisible however long they are remembered",
                 remedy="set use_sliding_window to false in its config.json",
             )
+        rates: Any = module.config
+        if (rates.position_id_per_seconds, rates.seconds_per_chunk) != (
+            POSITIONS_PER_S,
+            BLOCK_POSITIONS // POSITIONS_PER_S,
+        ):
+            raise UserError(
+                f"the checkpoint has {rates.position_id_per_seconds} positions a second in blocks of "
+                f"{rates.seconds_per_chunk} s",
+                cause="streams are laid out for 25 a second in blocks of 2 s, as all published checkpoints are",
+            )
         module.set_attn_implementation({"text_config": NAME})  # type: ignore[operator]
         self.n_layers = config.num_hidden_layers
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.hidden_size = config.hidden_size
         self.head_dim = getattr(config, "head_dim", None) or self.hidden_size // self.heads
-        self.sampling_rate = 16000
-        self.eos_ids = self._eos_ids()
+        self.sampling_rate = preprocessing.sampling_rate
+        self.eos_ids = tuple(self.token_ids(["<|im_end|>", "<|endoftext|>"]))
+        self._control_tokens = [str(token) for token in tokenizer.all_special_tokens]
         self._output_weights: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
 
     @classmethod
@@ -109,7 +124,7 @@ class Qwen2_5OmniStreaming(StreamingModel):
                 remedy="fetch the checkpoint again",
             )
         module.to(device).eval().requires_grad_(False)
-        return cls(module, AutoTokenizer.from_pretrained(path), None, attention)
+        return cls(module, AutoTokenizer.from_pretrained(path), read_settings(path), attention)
 
     @property
     def device(self) -> torch.device:
@@ -200,8 +215,18 @@ class Qwen2_5OmniStreaming(StreamingModel):
     # encoder side ----------------------------------------------------------------------------------------------------
 
     def open(self, info: MediaInfo, fps: float, **options: Any) -> MediaEncoder:
-        """The encoder side of a new stream; options as in `OmniEncoder`."""
-        raise NotImplementedError
+        """The encoder side of a new stream; options as in `OmniEncoder`.
+
+        Raises:
+            UserError: an unknown option, or a value that cannot be used.
+        """
+        known = [name for name, p in signature(OmniEncoder).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        for key in options:
+            if key not in known:
+                raise UserError(
+                    f"unknown encoder option {key!r}{nearest(key, known)}", remedy=f"known: {', '.join(known)}"
+                )
+        return OmniEncoder(self, info, fps, **options)
 
     def window_s(self, fps: float) -> float:
         """Smallest multiple of 2 s (a block of the audio tower) that holds whole temporal patches of 2 / fps seconds."""
@@ -209,27 +234,84 @@ class Qwen2_5OmniStreaming(StreamingModel):
         return float(math.lcm(2 * patch.denominator, patch.numerator) / patch.denominator)
 
     def render(self, turn: Turn) -> RenderedTurn:
-        """The ids of a turn; answers and the <|im_end|> that closes each are learned."""
+        """The ids of a turn; answers and the <|im_end|> that closes each are learned.
+
+        Raises:
+            UserError: a question or an answer holds a control token.
+        """
         ids: list[int] = []
         labels: list[int] = []
 
-        def add(text: str, learned: bool) -> None:
-            new = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        def add(text: str, said: str, learned: bool) -> None:
+            new = self.encode(text, said)
             ids.extend(new)
             labels.extend(new if learned else [-100] * len(new))
 
         pairs = [*turn.earlier, (turn.question, turn.answer)]
         for i, (question, answer) in enumerate(pairs):
             opening = "\n<|im_start|>user\n" if i else ""
-            add(f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n", learned=False)
+            add(f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n", question, learned=False)
             if answer is not None:
-                add(f"{answer}<|im_end|>", learned=True)
+                add(f"{answer}<|im_end|>", answer, learned=True)
         return RenderedTurn(torch.tensor(ids), torch.tensor(labels))
 
-    def tokens_per_s(self, info: MediaInfo, fps: float) -> dict[str, float]:
-        """Tokens a second of "visual" and "audio" for such a file."""
-        raise NotImplementedError
+    def tokens_per_s(self, info: MediaInfo, fps: float, **options: Any) -> dict[str, float]:
+        """Tokens a second of "visual" and "audio" for such a file; `options` may hold the pixel limits of `open`."""
+        visual = 0.0
+        if info.has_video:
+            settings = self.video_settings(options.get("min_pixels"), options.get("max_pixels"))
+            height, width = smart_resize(info.height, info.width, settings)
+            visual = height * width / settings.factor**2 * fps / settings.pairing
+        return {"visual": visual, "audio": float(POSITIONS_PER_S) if info.has_audio else 0.0}
 
-    def _eos_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the end of a turn, and of a text."""
-        return tuple(self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    def video_settings(self, min_pixels: int | None = None, max_pixels: int | None = None) -> Settings:
+        """The checkpoint's preprocessing with other pixel limits where given. A maximum below the checkpoint's minimum
+        lowers the minimum too.
+
+        Raises:
+            UserError: limits of which no frame can be made.
+        """
+        known = self.preprocessing
+        high = known.max_pixels if max_pixels is None else max_pixels
+        low = min(known.min_pixels, high) if min_pixels is None else min_pixels
+        if not 0 < low <= high or high < known.factor**2:
+            raise UserError(
+                f"frames of {low} to {high} pixels",
+                cause=f"a token is {known.factor} x {known.factor} pixels, and the minimum is at most the maximum",
+                remedy=f"give 0 < min_pixels <= max_pixels, max_pixels >= {known.factor**2}",
+            )
+        return replace(known, min_pixels=low, max_pixels=high)
+
+    def encode_pictures(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Vision tower: (patches, pixels) and their grid to (tokens, E)."""
+        shape = torch.tensor([grid], device=patches.device)
+        return self.parts.visual(patches.to(self.dtype), grid_thw=shape).pooler_output
+
+    def encode_sound(self, log_mel: Tensor) -> Tensor:
+        """Audio tower: scaled log-mel (mels, f), f > 2, to (tokens, E)."""
+        frames = torch.tensor([log_mel.shape[1]], device=self.device)
+        return self.parts.audio(log_mel.to(self.device, self.dtype), feature_lens=frames).last_hidden_state
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(n,) ids to (n, E), detached: the embedding matrix is never trained here."""
+        return self.parts.text.embed_tokens(ids).detach()  # type: ignore[operator]
+
+    def encode(self, text: str, *written_by_users: str) -> list[int]:
+        """Token ids of `text`, control tokens included.
+
+        Raises:
+            UserError: one of the parts that users wrote holds a control token.
+        """
+        for part in written_by_users:
+            found = [token for token in self._control_tokens if token in part]
+            if found:
+                raise UserError(
+                    f"the text {part[:60]!r} holds the control token {found[0]}",
+                    cause="it would be read as a mark of the dialogue, not as text",
+                    remedy="remove it",
+                )
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def token_ids(self, tokens: list[str]) -> list[int]:
+        """Ids of control tokens."""
+        return self.tokenizer.convert_tokens_to_ids(tokens)
