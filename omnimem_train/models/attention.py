@@ -1,9 +1,9 @@
 """The attention call of the decoder layers, registered with transformers under the name "omnimem".
 
-Two things go wrong with the stock calls when a stream is run chunk by chunk: they build a dense (queries x keys) mask as
-soon as there are fewer queries than keys, and they offer no place to put remembered keys in front. So this package owns
-the call. It is registered through the public `AttentionInterface`; nothing of transformers is replaced, and a model
-uses it only when its text configuration names it.
+Two things go wrong with the stock calls when a stream is run chunk by chunk: they build a dense (queries x keys) mask
+as soon as there are fewer queries than keys, and they offer no place to put remembered keys in front. So this package
+owns the call. It is registered through the public `AttentionInterface`; nothing of transformers is replaced, and a
+model uses it only when its text configuration names it.
 
 Shape legend: see `omnimem_train.memory.state`.
 """

@@ -1,4 +1,4 @@
-"""The encoder side of a Qwen2.5-Omni stream: windows of frames and samples in, tokens in stock order and positions out."""
+"""The encoder side of a Qwen2.5-Omni stream: windows of frames and samples in, tokens in stock order out."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class OmniEncoder(MediaEncoder):
 
     The tokens are those of the stock chat template, processor and `get_rope_index` for one user message
     `{prefix}<video>{question}` with the sound in the video, or with a silent video, sound alone or text alone. Both
-    towers run window by window and give what they give on the whole file: the vision tower never attends across temporal
-    patches, the audio tower attends inside blocks of 2 s.
+    towers run window by window and give what they give on the whole file: the vision tower never attends across
+    temporal patches, the audio tower attends inside blocks of 2 s.
 
     A mel frame reads 12.5 ms of sound after its centre, so the last 2 s of sound pushed are always waiting for the next
     window (or `finish`); below 1 frame a second some more waits for the picture that precedes it. `text` puts what is
@@ -44,8 +44,8 @@ class OmniEncoder(MediaEncoder):
         min_pixels, max_pixels: of a frame after resizing; None for the checkpoint's.
         mel_floor: what stands for the loudest log10 mel value of the clip, 8 decades below which the stock extractor
             cuts off. A stream does not know its loudest moment: "running" takes the loudest so far (at the end of
-            each 2 s block), which differs from the stock features only in near-silent bands before that moment. A number
-            (`preprocess.peak_log_mel` of the sound, one pass) gives the stock features exactly.
+            each 2 s block), which differs from the stock features only in near-silent bands before that moment. A
+            number (`preprocess.peak_log_mel` of the sound, one pass) gives the stock features exactly.
 
     Raises:
         UserError: an option that cannot be used.
@@ -117,9 +117,9 @@ class OmniEncoder(MediaEncoder):
         return self._leave()
 
     def text(self, ids: Tensor, *, closing: bool = True) -> TokenBlock:
-        """Text that follows what was pushed so far, as if the stream ended here: tokens that were waiting for more input,
-        closing marks, then `ids` (n,). With `closing` off: `ids` alone, after the media that left. Leaves the encoder
-        as it is."""
+        """Text that follows what was pushed so far, as if the stream ended here: tokens that were waiting for more
+        input, closing marks, then `ids` (n,). With `closing` off: `ids` alone, after the media that left. Leaves the
+        encoder as it is."""
         ids = torch.as_tensor(ids, dtype=torch.int64)
         if not closing:
             return self._text_block(ids, [], self.layout.next_position, self.layout.time_s)
@@ -223,8 +223,9 @@ class OmniEncoder(MediaEncoder):
         if len(out) == 0:
             return None
         device = self.model.device
-        tensors = [x[None].to(device) for x in (out.embeds, out.positions, out.modality, out.time_s)]
-        return TokenBlock(*tensors)
+        tensors = (x[None].to(device) for x in (out.embeds, out.positions, out.modality, out.time_s))
+        embeds, positions, modality, time_s = tensors
+        return TokenBlock(embeds, positions, modality, time_s)
 
     def _marks(self, which: str) -> list[int]:
         """Opening ("bos") or closing ("eos") marks; of two, the outer one is that of vision."""

@@ -1,11 +1,12 @@
 """Order and positions of Qwen2.5-Omni's media tokens, computed as a stream comes in.
 
-The stock model computes both for a whole clip (`get_rope_index`, and the processor's placeholder rule). Sound has 25 temporal
-positions a second, one per token; the tokens of temporal patch k stand at floor(25 k s), s seconds being the length of a
-patch. With picture and sound, tokens come in blocks of 2 s (50 positions): the pictures of a block, then its sound.
+The stock model computes both for a whole clip (`get_rope_index`, and the processor's placeholder rule). Sound has 25
+temporal positions a second, one per token; the tokens of temporal patch k stand at floor(25 k s), s seconds being the
+length of a patch. With picture and sound, tokens come in blocks of 2 s (50 positions): the pictures of a block, then
+its sound.
 
-One stock rule shows only when a patch is longer than a block (fewer than 1 frame a second): a block ends at the first
-token beyond it, *one* block further, so the first tokens of a late patch are spread over the blocks that were skipped. It
+One stock rule shows only when a patch is longer than a block (fewer than 1 frame a second): a token moves at most one
+block on from the token before it, so the first tokens of a late patch are spread over the blocks that were skipped. It
 is kept, for equality.
 """
 

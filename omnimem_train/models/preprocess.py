@@ -60,10 +60,10 @@ class Settings:
 def read_settings(path: str) -> Settings:
     """Preprocessing settings of the checkpoint at `path`.
 
-    Published checkpoints keep all of them in preprocessor_config.json; newer saves have processor_config.json (a part per
-    modality) or video_preprocessor_config.json. The pixel limits in preprocessor_config.json are for images (up to
-    16,384 tokens each), and the stock processor replaces them for video by 100,352 and 602,112; so are they here,
-    except that a smaller limit in the file holds.
+    Published checkpoints keep all of them in preprocessor_config.json; newer saves have processor_config.json (a part
+    per modality) or video_preprocessor_config.json. The pixel limits there are those of images (up to 16,384 tokens
+    each), and the stock processor replaces them for video by 100,352 and 602,112. So are they here, with two
+    exceptions: a smaller maximum holds, and with a maximum below 100,352 the file's minimum holds too.
 
     Raises:
         UserError: no preprocessing file, or one whose values cannot be used.
@@ -119,9 +119,9 @@ def _three(values: Any) -> tuple[float, float, float]:
 class MelStream:
     """Log10 power of mel bands, frame by frame, from samples that come in pieces of any size.
 
-    Frame f is centred at sample f * hop and reads n_fft samples around it, so it needs n_fft / 2 samples that come after
-    its centre: frames lag behind samples by that much. Before the first sample the signal is reflected, after the last
-    it is zero, as the stock extractor has it (which pads every clip to 300 s with zeros).
+    Frame f is centred at sample f * hop and reads n_fft samples around it, so it needs n_fft / 2 samples that come
+    after its centre: frames lag behind samples by that much. Before the first sample the signal is reflected, after
+    the last it is zero, as the stock extractor has it (which pads every clip to 300 s with zeros).
 
     The values are not yet clamped and scaled: see `scale_log_mel`.
     """
@@ -208,7 +208,7 @@ def peak_log_mel(samples: Iterable[np.ndarray], settings: Settings | None = None
 
 
 def smart_resize(height: int, width: int, settings: Settings) -> tuple[int, int]:
-    """(height, width) a frame is resized to: multiples of a token's side, about the same shape, within the pixel limits.
+    """(height, width) a frame is resized to: multiples of a token's side, near its shape, within the pixel limits.
 
     Raises:
         UserError: a frame without pixels, or more than 200 times longer than wide.

@@ -229,7 +229,7 @@ class Qwen2_5OmniStreaming(StreamingModel):
         return OmniEncoder(self, info, fps, **options)
 
     def window_s(self, fps: float) -> float:
-        """Smallest multiple of 2 s (a block of the audio tower) that holds whole temporal patches of 2 / fps seconds."""
+        """Smallest multiple of 2 s (the audio tower's block) that holds whole temporal patches of 2 / fps seconds."""
         patch = Fraction(2) / Fraction(fps).limit_denominator(1000)
         return float(math.lcm(2 * patch.denominator, patch.numerator) / patch.denominator)
 

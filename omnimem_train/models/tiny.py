@@ -1,8 +1,9 @@
 """A small, real, randomly initialised Qwen2.5-Omni thinker in the ordinary Hugging Face layout, made offline.
 
-Tests and the quickstart run on it through the code that loads `Qwen/Qwen2.5-Omni-7B`; only the path differs. Window sizes,
-token rates, special tokens and file layout are those of the published checkpoint; widths, depths and the vocabulary are
-small. Weights are scaled by fan-in: with the customary 0.02 attention would be uniform and hide mistakes.
+Tests and the quickstart run on it through the code that loads `Qwen/Qwen2.5-Omni-7B`; only the path differs. Window
+sizes, token rates, special tokens and file layout are those of the published checkpoint; widths, depths and the
+vocabulary are small. Weights are scaled by fan-in: with the customary 0.02 attention would be uniform and hide
+mistakes.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ system user assistant You are a helpful assistant. What which when where who how
 video audio sound picture colour color red green blue yellow white black shape square circle triangle cross star shown
 heard seen tone beep pitch high low middle loud quiet first second third last before after during while same time event
 events happened happens appears moves left right top bottom minute seconds question answer option options letter only
-Respond with correct choices given directly Select best following multiple-choice based on A. B. C. D. E. (A) (B) (C) (D)
-The answer is yes no none one two three four five six seven eight nine ten narrate describe all order there it this that
+Respond with correct choices given directly Select best following multiple-choice based on A. B. C. D. E. (A) (B) (C)
+(D) The answer is yes no none one two three four five six seven eight nine ten narrate describe all order there it this that
 """
 
 CHAT_TEMPLATE = (
