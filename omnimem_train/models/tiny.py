@@ -51,7 +51,8 @@ video audio sound picture colour color red green blue yellow white black shape s
 heard seen tone beep pitch high low middle loud quiet first second third last before after during while same time event
 events happened happens appears moves left right top bottom minute seconds question answer option options letter only
 Respond with correct choices given directly Select best following multiple-choice based on A. B. C. D. E. (A) (B) (C)
-(D) The answer is yes no none one two three four five six seven eight nine ten narrate describe all order there it this that
+(D) The answer is yes no none one two three four five six seven eight nine ten narrate describe all order there it this
+that
 """
 
 CHAT_TEMPLATE = (
