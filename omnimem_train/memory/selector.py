@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from omnimem_train.errors import UserError, nearest
+from omnimem_train.memory.numeric import best, products, real
+from omnimem_train.memory.options import build
+from omnimem_train.memory.positions import Rotary
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL, LayerMemory
+
+BLOCK_NUMBERS = 2**24  # attention held at once: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,14 @@ class Candidates:
         tokens: memory followed by chunk, S tokens.
         n_memory: how many of them were memory before the chunk.
         queries: (B, H, P, D) rotated probe queries of the chunk.
-        query_rows: (P,) int64, the candidate row of each probe; a probe sees rows 0 to its own.
+        query_rows: (P,) int64, ascending, the candidate row of each probe; a probe sees rows 0 to its own.
         scaling: factor on query . key before the softmax, usually D ** -0.5.
         output_weight: (E, H * D) effective output projection, or None when the selector does not need it.
+        rotary: how the model rotates keys, or None when the selector does not need it.
         layer, n_layers: which layer this is.
         seed: for selectors that draw at random; differs by chunk and layer, repeats with the run.
+        known_text: number of text tokens, the same in every stream and head. Counting it here when it is not given
+            makes the host wait for the device.
     """
 
     tokens: LayerMemory
@@ -71,11 +78,19 @@ class Candidates:
     layer: int = 0
     n_layers: int = 1
     seed: int = 0
+    rotary: Rotary | None = None
+    known_text: int | None = None
 
     @property
     def n(self) -> int:
         """Number of candidates S."""
         return self.tokens.n_tokens
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, G, S), the shape of scores."""
+        b, g, s = self.tokens.modality.shape
+        return b, g, s
 
     @property
     def group(self) -> int:
@@ -87,24 +102,51 @@ class Candidates:
         """(B, G, S) bool."""
         return self.tokens.modality == TEXT
 
-    def attention_blocks(self, block: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """Attention of the probes on all candidates, `block` probes at a time.
+    @cached_property
+    def n_text(self) -> int:
+        """Text tokens of each stream and head."""
+        if self.known_text is not None:
+            return self.known_text
+        low, high = torch.stack(self.is_text.sum(-1).aminmax()).tolist()
+        if low != high:
+            raise ValueError(f"streams of one batch hold between {low} and {high} text tokens; run them apart")
+        return int(high)
+
+    def members(self, modalities: Sequence[int]) -> Tensor:
+        """(B, G, S) bool: candidates of one of `modalities`."""
+        found = torch.zeros_like(self.is_text)
+        for modality in modalities:
+            found = found | (self.tokens.modality == modality)
+        return found
+
+    def attention_blocks(self, block: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Attention of the probes on all candidates, `block` probes at a time (by default as many as fit 64 MiB).
 
         Yields:
             probabilities (B, G, H/G, p, S) float32 (float64 for float64 keys; 0 where a probe cannot see) and
             visibility (p, S) bool.
         """
         keys = self.tokens.keys
-        real = torch.float64 if keys.dtype == torch.float64 else torch.float32
         b, g, s, d = keys.shape
-        grouped = self.queries.view(b, g, self.group, -1, d)
+        grouped = self.queries.reshape(b, g, self.group, -1, d)
         columns = torch.arange(s, device=keys.device)
+        block = block or max(1, BLOCK_NUMBERS // (b * g * self.group * s))
         for start in range(0, self.query_rows.shape[0], block):
             rows = self.query_rows[start : start + block]
             q = grouped[:, :, :, start : start + block]
-            logits = torch.einsum("bghpd,bgsd->bghps", q.to(real), keys.to(real)) * self.scaling
-            visible = columns[None, :] <= rows[:, None]
+            logits = products(q.flatten(2, 3), keys).mul_(self.scaling).view(*q.shape[:4], s)
+            visible = columns <= rows[:, None]
             yield logits.masked_fill_(~visible, float("-inf")).softmax(-1), visible
+
+    def mean_attention(self) -> Tensor:
+        """(B, G, H/G, S): attention each candidate gets, averaged over the probes that can see it."""
+        b, g, s = self.shape
+        total = torch.zeros(b, g, self.group, s, dtype=real(self.tokens.keys), device=self.tokens.keys.device)
+        seen = torch.zeros(s, dtype=total.dtype, device=total.device)
+        for attention, visible in self.attention_blocks():
+            total += attention.sum(dim=3)
+            seen += visible.sum(dim=0)
+        return total / seen.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -127,19 +169,31 @@ class Scored:
 class Selector(ABC):
     """Base of all selectors. A subclass sets the class attributes and implements `score`.
 
+    A rule that can take a redundancy factor derives from `omnimem_train.memory.redundancy.ScoringSelector` instead.
+
     Class attributes:
         name: what a user types.
         source: paper, equation or code it follows, and where it departs.
         cost: what it computes per layer and chunk, in a phrase.
         shared_heads: True when all kv heads keep the same tokens.
-        needs: of {"hidden", "output_weight"}, the costly inputs it reads.
+        keeps_all: True when nothing is ever dropped.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     cost: ClassVar[str]
     shared_heads: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset()
+    keeps_all: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of {"hidden", "output_weight", "rotary"}, the inputs it reads beside keys, values and queries."""
+        return frozenset()
+
+    @property
+    def keeps_evidence(self) -> bool:
+        """True when the score reads the stored evidence, so that it is measured even if nothing has to go."""
+        return False
 
     def probes(self) -> Probes:
         """Which queries `score` wants; none unless overridden."""
@@ -150,15 +204,10 @@ class Selector(ABC):
         """Scores of all S candidates. `keep` is the number of media tokens that will be kept in all (a hint for rules
         whose score depends on it); scores of text tokens are ignored."""
 
-    def pick(self, score: Tensor, members: Tensor, count: int) -> Tensor:
-        """(G,) x S -> the `count` rows of one stream to keep among `members` (G, S) bool: the highest scores. Every
-        head has at least `count` members. Ties go to the earlier row. Returns (G, count) int64, any order."""
-        masked = score.masked_fill(~members, float("-inf"))
-        # members scored -inf must still beat non-members: sort by (member, score)
-        order = torch.argsort(masked, dim=-1, descending=True, stable=True)
-        is_member = members.gather(-1, order)
-        order = order.gather(-1, torch.argsort((~is_member).to(torch.int8), dim=-1, stable=True))
-        return order[..., :count]
+    def pick(self, c: Candidates, score: Tensor, members: Tensor, count: Tensor) -> Tensor:
+        """Mask (B, G, S) of the `count` (B, G) tokens to keep among `members` (B, G, S) bool: the highest scores, the
+        later token in a tie. Every stream and head has at least `count` members."""
+        return best(score, members, count)
 
     def options(self) -> dict[str, Any]:
         """The options as plain JSON values, also the defaults."""
@@ -168,14 +217,18 @@ class Selector(ABC):
 class Allocation(Protocol):
     """Splits the media budget of one layer over modalities (see `omnimem_train.memory.allocation`)."""
 
-    def counts(self, c: Candidates, scored: Scored, budget: int) -> list[dict[tuple[int, ...], int]]:
-        """For each stream: how many tokens to keep of each group of modalities. `(VISUAL, AUDIO)` as one group is a
-        shared budget. Counts sum to min(budget, media candidates) and never exceed a group's candidates."""
+    spends_all: ClassVar[bool]
+    """True when the counts always sum to the budget."""
+
+    def counts(self, c: Candidates, scored: Scored, budget: int) -> list[tuple[tuple[int, ...], Tensor]]:
+        """How many tokens to keep of each group of modalities: pairs of a group and a (B, G) int64 count.
+
+        `(VISUAL, AUDIO)` as one group is a shared budget. Groups are served in order, each from what the earlier ones
+        left. A count never exceeds what its group still has; `budget` is at most the number of media candidates.
+        """
 
 
-def choose(
-    c: Candidates, selector: Selector, allocation: Allocation, budget: int
-) -> tuple[Tensor, Scored | None]:
+def choose(c: Candidates, selector: Selector, allocation: Allocation, budget: int) -> tuple[Tensor, Scored | None]:
     """Which candidates stay: all text, and `budget` media tokens.
 
     Args:
@@ -183,26 +236,31 @@ def choose(
         budget: media tokens to keep per kv head; text is on top.
 
     Returns:
-        rows (B, G, K) int64, ascending and unique, K = text + min(budget, media); and the scores (None when nothing
-        had to go and no evidence was measured).
+        rows (B, G, K) int64, ascending and unique, K = text + min(budget, media) (fewer with an allocation that does
+        not pass on what a modality leaves unused, see `Fixed`); and the scores (None when nothing had to go and no
+        evidence was measured).
     """
-    b, g, s = c.tokens.modality.shape
-    n_text = int(c.is_text[0, 0].sum())
-    n_media = s - n_text
-    budget = min(budget, n_media)
+    n_media = c.n - c.n_text
+    keep = min(budget, n_media)
+    everything = selector.keeps_all or (allocation.spends_all and keep == n_media)
     with torch.no_grad():
-        scored = selector.score(c, budget)
-        if budget == n_media:
-            return torch.arange(s, device=c.tokens.keys.device).expand(b, g, s), scored
-        kept = []
-        for stream, counts in enumerate(allocation.counts(c, scored, budget)):
-            modality = c.tokens.modality[stream]
-            parts = [c.is_text[stream].nonzero()[:, 1].view(g, n_text)]
-            for group, count in counts.items():
-                members = torch.isin(modality, torch.tensor(group, dtype=modality.dtype, device=modality.device))
-                parts.append(selector.pick(scored.score[stream], members, count))
-            kept.append(torch.cat(parts, dim=-1).sort(dim=-1).values)
-        return torch.stack(kept), scored
+        scored = None if everything and not selector.keeps_evidence else selector.score(c, keep)
+        if everything or scored is None:
+            return torch.arange(c.n, device=c.tokens.keys.device).expand(c.shape), scored
+        taken = c.is_text
+        for group, count in allocation.counts(c, scored, keep):
+            taken = taken | selector.pick(c, scored.score, c.members(group) & ~taken, count)
+        return _rows(taken, c.n_text + keep if allocation.spends_all else None), scored
+
+
+def _rows(taken: Tensor, n: int | None) -> Tensor:
+    """(B, G, n) rows of a (B, G, S) mask. Without `n` they are counted, which makes the host wait for the device."""
+    if n is None:
+        low, n = torch.stack(taken.sum(-1).aminmax()).tolist()
+        if low != n:
+            raise ValueError(f"streams of one batch would keep between {low} and {n} tokens; run them apart")
+    s = taken.shape[-1]
+    return torch.arange(s, device=taken.device).masked_fill(~taken, s).sort(dim=-1).values[..., :n]
 
 
 _SELECTORS: dict[str, type[Selector]] = {}
@@ -225,27 +283,28 @@ def make_selector(name: str, **options: Any) -> Selector:
     """The selector `name` with `options`.
 
     Raises:
-        UserError: unknown name or option.
+        UserError: unknown name, unknown option, or a value an option cannot take.
     """
-    if name not in _SELECTORS:
-        raise UserError(
-            f"unknown selector {name!r}{nearest(name, _SELECTORS)}",
-            remedy=f"choose one of: {', '.join(_SELECTORS)}",
-        )
-    cls = _SELECTORS[name]
-    known = [f.name for f in fields(cls)]
-    for key in options:
-        if key not in known:
-            raise UserError(
-                f"selector {name!r} has no option {key!r}{nearest(key, known)}",
-                remedy=f"its options are: {', '.join(known) or '(none)'}",
-            )
-    return cls(**options)
+    return build("selector", _SELECTORS, name, options)
 
 
 def describe(selector: Selector) -> str:
     """`name` and the options, as canonical JSON."""
     return json.dumps({"name": selector.name, "options": selector.options()}, sort_keys=True)
+
+
+class SelectorRow(NamedTuple):
+    """A line of the list a user chooses from."""
+
+    name: str
+    source: str
+    cost: str
+    options: dict[str, Any]
+
+
+def selector_table() -> list[SelectorRow]:
+    """All registered selectors with source, cost and the defaults of their options."""
+    return [SelectorRow(name, cls.source, cls.cost, cls().options()) for name, cls in _SELECTORS.items()]
 
 
 __all__ = [
@@ -257,9 +316,11 @@ __all__ = [
     "Probes",
     "Scored",
     "Selector",
+    "SelectorRow",
     "choose",
     "describe",
     "make_selector",
     "register",
+    "selector_table",
     "selectors",
 ]

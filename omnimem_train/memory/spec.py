@@ -24,7 +24,7 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2] not in UNITS:
         raise UserError(
             f"memory budget {text!r} is neither a number of tokens nor a size",
-            remedy=f"write e.g. 6144 or \"512MiB\"; units: {', '.join(UNITS)}",
+            remedy=f'write e.g. 6144 or "512MiB"; units: {", ".join(UNITS)}',
         )
     return int(float(match[1]) * UNITS[match[2]])
 
@@ -82,7 +82,9 @@ class MemorySpec:
         if isinstance(self.budget, str):
             parse_bytes(self.budget)
         elif self.budget is not None and (isinstance(self.budget, bool) or self.budget < 1):
-            raise UserError(f"memory budget {self.budget} is below 1 token", remedy="give at least 1, or null for no limit")
+            raise UserError(
+                f"memory budget {self.budget} is below 1 token", remedy="give at least 1, or null for no limit"
+            )
         for name, low in (("chunk_tokens", 1), ("max_gap", 1), ("max_text_tokens", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
@@ -159,7 +161,7 @@ class MemorySpec:
             if size < per_token:
                 raise UserError(
                     f"memory budget {self.budget} is below one token a layer",
-                    cause=f"one token takes {per_token} bytes in {n_layers} layers x {kv_heads} kv heads x 2 x {head_dim}",
+                    cause=f"a token takes {per_token} bytes: {n_layers} layers x {kv_heads} kv heads x 2 x {head_dim}",
                     remedy=f"give at least {per_token}B",
                 )
             return [LayerBudget(size // per_token)] * n_layers
@@ -208,7 +210,9 @@ class MemorySpec:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                raise UserError(f"unknown key {key!r} in a memory spec{nearest(key, known)}", remedy=f"known: {', '.join(known)}")
+                raise UserError(
+                    f"unknown key {key!r} in a memory spec{nearest(key, known)}", remedy=f"known: {', '.join(known)}"
+                )
         return cls(**values)
 
     def fingerprint(self) -> str:
@@ -237,7 +241,11 @@ class MemorySpec:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the memory spec {path}", cause=str(error)) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("memory"), dict):
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != FORMAT
+            or not isinstance(content.get("memory"), dict)
+        ):
             raise UserError(
                 f"{path} is not a memory spec of format {FORMAT}", remedy="export the adapter again with this version"
             )

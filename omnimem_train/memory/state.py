@@ -72,9 +72,7 @@ class LayerMemory:
             time_s=torch.zeros(shape, dtype=torch.float32, device=device),
             index=torch.zeros(shape, dtype=torch.int64, device=device),
             evidence=torch.zeros(shape, dtype=torch.float32, device=device),
-            hidden=None
-            if hidden_size is None
-            else torch.zeros(batch, 0, hidden_size, dtype=dtype, device=device),
+            hidden=None if hidden_size is None else torch.zeros(batch, 0, hidden_size, dtype=dtype, device=device),
         )
 
     @classmethod
@@ -154,9 +152,7 @@ class LayerMemory:
         """The memory of one stream seen by `batch` streams; no data is copied."""
         if self.keys.shape[0] != 1:
             raise ValueError(f"only the memory of one stream can be repeated, this one holds {self.keys.shape[0]}")
-        return LayerMemory.from_tensors(
-            None if t is None else t.expand(batch, *t.shape[1:]) for t in self.tensors()
-        )
+        return LayerMemory.from_tensors(None if t is None else t.expand(batch, *t.shape[1:]) for t in self.tensors())
 
     def with_evidence(self, evidence: Tensor) -> LayerMemory:
         """The same tokens with `evidence` (B, G, S) float32 stored."""
