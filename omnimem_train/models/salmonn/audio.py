@@ -1,8 +1,8 @@
 """The audio part of video-SALMONN 2+: a Whisper encoder, and a Q-Former that turns each half second into one token.
 
 Source: video-SALMONN 2 (arXiv 2506.15220); windowed Q-Former from SALMONN (arXiv 2310.13289). Module names are those of
-the published checkpoints. Departure: no dropout in the Q-Former (the public code drops 10 % there in training mode, which
-would make a training pass differ from an inference pass in a part that is frozen by default).
+the published checkpoints. Departure: no dropout in the Q-Former (the public code drops 10 % there in training mode,
+which would make a training pass differ from an inference pass in a part that is frozen by default).
 """
 
 from __future__ import annotations
@@ -84,22 +84,33 @@ class _Embeddings(nn.Module):
         self.register_buffer("position_ids", torch.arange(c["max_position_embeddings"])[None])
 
 
+class _Encoder(nn.Module):
+    def __init__(self, c: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Layer(c) for _ in range(c["num_hidden_layers"]))
+
+
+class _Bert(nn.Module):
+    def __init__(self, c: dict[str, Any]) -> None:
+        super().__init__()
+        self.embeddings, self.encoder = _Embeddings(c), _Encoder(c)
+
+
 class QFormer(nn.Module):
     """BERT without words: (B, q, width) queries and (B, m, encoder_width) memory -> (B, q, width)."""
 
     def __init__(self, c: dict[str, Any]) -> None:
         super().__init__()
-        layers = nn.ModuleList(_Layer(c) for _ in range(c["num_hidden_layers"]))
-        self.bert = nn.ModuleDict({"embeddings": _Embeddings(c), "encoder": nn.ModuleDict({"layer": layers})})
+        self.bert = _Bert(c)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
-        x = self.bert["embeddings"].LayerNorm(queries)
-        for layer in self.bert["encoder"]["layer"]:
+        x = self.bert.embeddings.LayerNorm(queries)
+        for layer in self.bert.encoder.layer:
             x = layer(x, memory)
         return x
 
 
-class VideoSalmonn2Audio(WhisperEncoder):  # type: ignore[misc]
+class VideoSalmonn2Audio(WhisperEncoder):
     """The stock Whisper encoder with `q_tokens`, `qformer` and `audio_proj` beside its own modules."""
 
     config: VideoSalmonn2AudioConfig
@@ -123,7 +134,7 @@ class VideoSalmonn2Audio(WhisperEncoder):  # type: ignore[misc]
         """Log-mel (windows, 128, 3000) -> encoder states (windows, 1500, d_model), after the last layer norm."""
         return super().forward(audio_feature.to(self.conv1.weight.dtype)).last_hidden_state
 
-    def forward(self, audio_feature: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, audio_feature: Tensor) -> Tensor:
         """Log-mel of whole 30 s windows (windows, 128, 3000) -> audio tokens (windows * 60, decoder width).
 
         Padding counts: silence gets tokens too, and nothing is masked (as in the public code).

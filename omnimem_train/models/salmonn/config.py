@@ -1,16 +1,17 @@
 """Configuration of video-SALMONN 2+, and its two ways of being written.
 
-The published folders say `model_type: qwen2_5_vl` (or `qwen3_vl`) and carry an `audio_config`; a stock library maps them to
-its own class and drops the audio part. Here such a `config.json` is recognised by its `audio_config` and converted when read;
+The published folders say `model_type: qwen2_5_vl` (or `qwen3_vl`) and carry an `audio_config`; a stock library maps
+them to its own class and drops the audio part. Here such a `config.json` is recognised by its `audio_config` and
+converted when read;
 `VideoSalmonn2Config.published` writes it back.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
+from transformers import __version__ as transformers_version
 
 from omnimem_train.errors import UserError
 
@@ -27,10 +28,12 @@ TOKEN_IDS = {
     "audio_token_id": {"qwen2_5_vl": 151665, "qwen3_vl": 151669},
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
 }
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-class VideoSalmonn2AudioConfig(WhisperConfig):  # type: ignore[misc]
+class VideoSalmonn2AudioConfig(WhisperConfig):
     """Whisper encoder, Q-Former and how the encoder's frames are cut.
 
     Args:
@@ -43,7 +46,7 @@ class VideoSalmonn2AudioConfig(WhisperConfig):  # type: ignore[misc]
     model_type = "video_salmonn2_audio"
     base_config_key = "audio_config"
 
-    qformer_config: dict | None = None
+    qformer_config: Any = None
     second_per_window: float = 0.5
     second_stride: float = 0.5
 
@@ -78,7 +81,7 @@ def _qformer_defaults(encoder_width: int) -> dict[str, Any]:
     }
 
 
-class VideoSalmonn2Config(PreTrainedConfig):  # type: ignore[misc]
+class VideoSalmonn2Config(PreTrainedConfig):
     """Decoder and vision tower of a stock Qwen2.5-VL or Qwen3-VL, and an audio part.
 
     Args:
@@ -99,15 +102,16 @@ class VideoSalmonn2Config(PreTrainedConfig):  # type: ignore[misc]
     }
 
     backbone: str = "qwen2_5_vl"
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    audio_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
+    audio_config: Any = None
     position_scheme: str | None = None
-    image_token_id: int | None = None
-    video_token_id: int | None = None
-    audio_token_id: int | None = None
-    vision_start_token_id: int | None = None
-    vision_end_token_id: int | None = None
+    image_token_id: Any = None
+    video_token_id: Any = None
+    audio_token_id: Any = None
+    vision_start_token_id: Any = None
+    vision_end_token_id: Any = None
+    vision_token_id: Any = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -136,23 +140,29 @@ class VideoSalmonn2Config(PreTrainedConfig):  # type: ignore[misc]
 
     def published(self) -> dict[str, Any]:
         """The configuration as the public code reads it: the backbone's own layout and `audio_config`."""
-        text, vision = self.text_config.to_dict(), self.vision_config.to_dict()
+        text, vision, audio = (_own_keys(part) for part in (self.text_config, self.vision_config, self.audio_config))
         _old_rope(text)
         vision["model_type"] = self.backbone
         vision.pop("rope_parameters", None)
-        audio = {**self.audio_config.to_dict(), "model_type": "whisper"}
-        out = {name: getattr(self, name) for name in TOKEN_IDS}
-        out |= {"tie_word_embeddings": self.tie_word_embeddings, "vision_config": vision, "audio_config": audio}
-        if self.backbone == "qwen2_5_vl":
-            extra = ("bos_token_id", "eos_token_id", "pad_token_id")
-            flat = {k: v for k, v in text.items() if k not in ("model_type", "layer_types", "sliding_window")}
-            # The public configuration takes a number here; the stock one forgets it when the window is unused.
-            flat["sliding_window"] = text.get("sliding_window") or 32768
-            out = {**flat, **out, **{k: v for k in extra if (v := text.get(k)) is not None}}
-        else:
-            out["text_config"] = text
-        _plain_dtype(out)
-        return {**out, "model_type": self.backbone, "architectures": [ARCHITECTURES[self.backbone]]}
+        audio |= {"model_type": "whisper", "num_hidden_layers": self.audio_config.encoder_layers}
+        dtype = str(self.dtype or self.text_config.dtype or "float32").removeprefix("torch.")
+        out = {
+            **{name: getattr(self, name) for name in TOKEN_IDS},
+            **{name: text[name] for name in ENDS if text.get(name) is not None},
+            "architectures": [ARCHITECTURES[self.backbone]],
+            "audio_config": audio,
+            "dtype": dtype,
+            "model_type": self.backbone,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": dtype,
+            "transformers_version": transformers_version,
+            "vision_config": vision,
+        }
+        if self.backbone == "qwen3_vl":
+            return {**out, "text_config": {**text, "dtype": dtype}}
+        # transformers 4 takes a number here; the configuration of transformers 5 forgets it when the window is unused.
+        text["sliding_window"] = text.get("sliding_window") or 32768
+        return {**{k: v for k, v in text.items() if k != "layer_types"}, **out}
 
 
 def from_published(found: dict[str, Any], source: str) -> dict[str, Any]:
@@ -240,16 +250,7 @@ def _old_rope(text: dict[str, Any]) -> None:
     text["rope_scaling"] = rope
 
 
-def _plain_dtype(out: dict[str, Any]) -> None:
-    """`dtype` as the string both generations of transformers read, at the top level alone."""
-    dtype = out.pop("dtype", None) or out.get("text_config", {}).get("dtype")
-    for part in ("text_config", "vision_config", "audio_config"):
-        if part in out:
-            out[part].pop("dtype", None)
-    if dtype is not None:
-        out["torch_dtype"] = out["dtype"] = str(dtype).removeprefix("torch.")
-
-
-def windows_30s(n_samples: int, sampling_rate: int = 16000) -> int:
-    """Windows of 30 s in a sound, the last one padded; at least one."""
-    return max(1, math.ceil(n_samples / (30 * sampling_rate)))
+def _own_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings, without those that every configuration has and this one left alone."""
+    every = PreTrainedConfig().to_dict()
+    return {k: v for k, v in config.to_dict().items() if k != "dtype" and (k not in every or v != every[k])}

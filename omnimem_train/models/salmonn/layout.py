@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from omnimem_train.models.salmonn.positions import VideoGrid, ticks
 
@@ -24,8 +25,8 @@ def audio_groups(audio_tokens: int, pairs: int, seconds_per_pair: float | None) 
     With unknown seconds they are spread evenly: every pair gets the same number and the r that are left go to pairs
     floor(i * pairs / r) - 1, i = 1 ... r.
 
-    Where the sound is shorter than the picture the public code computes a negative last share and fails; here the shares
-    stop when the sound is used up.
+    Where the sound is shorter than the picture the public code computes a negative last share and fails; here the
+    shares stop when the sound is used up.
     """
     if seconds_per_pair is None:
         share, left = divmod(audio_tokens, pairs)
@@ -35,7 +36,7 @@ def audio_groups(audio_tokens: int, pairs: int, seconds_per_pair: float | None) 
             groups[math.floor(i * (pairs / left)) - 1] += 1
         return groups
     begins = [min(t, audio_tokens) for t in ticks(pairs, seconds_per_pair).tolist()] + [audio_tokens]
-    return [after - before for before, after in zip(begins[:-1], begins[1:], strict=True)]
+    return [after - before for before, after in pairwise(begins)]
 
 
 def interleaved(grid: VideoGrid, audio_tokens: int) -> list[Segment]:
@@ -57,8 +58,6 @@ def timestamped(grid: VideoGrid, times_s: Sequence[float], audio_tokens: int, ma
     shares = audio_groups(audio_tokens, grid.pairs, grid.seconds_per_pair)
     step = math.ceil(grid.pairs / max_timestamps)
     return [
-        Segment(
-            f"<{times_s[k]:.1f} seconds>", grid.per_pair * len(shares[k : k + step]), sum(shares[k : k + step])
-        )
+        Segment(f"<{times_s[k]:.1f} seconds>", grid.per_pair * len(shares[k : k + step]), sum(shares[k : k + step]))
         for k in range(0, grid.pairs, step)
     ]

@@ -66,8 +66,8 @@ def frame_indices(n_frames: int, fps: float, sampling: Sampling) -> np.ndarray:
 
 
 def fallback_frame_indices(n_frames: int, fps: float, sampling: Sampling) -> np.ndarray:
-    """What the public code takes with its fallback decoder (decord): each round(fps * interval)-th frame, minimum ignored;
-    evenly spaced only above the maximum."""
+    """What the public code takes with its fallback decoder (decord): each round(fps * interval)-th frame, minimum
+    ignored; evenly spaced only above the maximum."""
     step = max(1, round(fps * sampling.interval_s))
     taken = np.arange(0, n_frames, step)
     return _even(n_frames, sampling.max_frames) if len(taken) > sampling.max_frames else taken
@@ -100,8 +100,8 @@ def pixel_budget(taken: int, sampling: Sampling) -> float:
 def resized(height: int, width: int, taken: int, sampling: Sampling, rules: PictureRules) -> tuple[int, int]:
     """Height and width in pixels after resizing: multiples of a token's side, within the pixel limits.
 
-    Source: Qwen2-VL (arXiv 2409.12191). With `rules.whole_clip` the limits hold for all frames together, and the number of
-    frames is rounded to the pairing for the test alone.
+    Source: Qwen2-VL (arXiv 2409.12191). With `rules.whole_clip` the limits hold for all frames together, and the
+    number of frames is rounded to the pairing for the test alone.
 
     Raises:
         UserError: a frame more than 200 times as long as wide.

@@ -1,7 +1,7 @@
 """video-SALMONN 2+ (arXiv 2506.15220) from stock parts: a Qwen2.5-VL or Qwen3-VL decoder and vision tower, and `audio`.
 
-One class for both backbones; its modules are `model.language_model`, `model.visual`, `model.audio` and `lm_head`. The published
-Qwen2.5-VL checkpoints write `model.`, `visual.`, `audio.` instead, which is converted on loading and saving.
+One class for both backbones; its modules are `model.language_model`, `model.visual`, `model.audio` and `lm_head`. The
+published Qwen2.5-VL checkpoints write `model.`, `visual.`, `audio.` instead, which is converted on loading and saving.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEDIA = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "audio_f
 
 
 @dataclass
-class VideoSalmonn2Output(CausalLMOutputWithPast):  # type: ignore[misc]
+class VideoSalmonn2Output(CausalLMOutputWithPast):
     """`rope_deltas` (B, 1): largest index + 1 - length of the prompt."""
 
     rope_deltas: Tensor | None = None
@@ -36,13 +36,14 @@ class VideoSalmonn2Output(CausalLMOutputWithPast):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class VisualRows:
-    """Rows (tokens, width) for the video tokens; `deepstack[i]` (tokens, width) is added to the output of layer i there."""
+    """Rows (tokens, width) for the video tokens; `deepstack[i]` (tokens, width) is added to the output of layer i
+    there."""
 
     rows: Tensor
     deepstack: tuple[Tensor, ...]
 
 
-class VideoSalmonn2PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class VideoSalmonn2PreTrainedModel(PreTrainedModel):
     """What transformers wants to know about the class."""
 
     config_class = VideoSalmonn2Config
@@ -102,7 +103,8 @@ class VideoSalmonn2Model(VideoSalmonn2PreTrainedModel):
         audio_feature: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Embeds, puts the media's rows in place, runs the decoder. Arguments as in the class with the output matrix."""
+        """Embeds, puts the media's rows in place, runs the decoder. Arguments as in the class with the output
+        matrix."""
         deepstack: dict[str, Any] = {}
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -110,13 +112,13 @@ class VideoSalmonn2Model(VideoSalmonn2PreTrainedModel):
             assert input_ids is not None
             assert video_grid_thw is not None
             visual = self.encode_video(pixel_values_videos, video_grid_thw)
-            inputs_embeds, where = _put(inputs_embeds, input_ids == self.config.video_token_id, visual.rows, "video")
+            inputs_embeds, where = _put(inputs_embeds, input_ids.eq(self.config.video_token_id), visual.rows, "video")
             if visual.deepstack:
                 deepstack = {"visual_pos_masks": where, "deepstack_visual_embeds": list(visual.deepstack)}
         if audio_feature is not None:
             assert input_ids is not None
             rows = self.encode_audio(audio_feature)
-            inputs_embeds, _ = _put(inputs_embeds, input_ids == self.config.audio_token_id, rows, "audio")
+            inputs_embeds, _ = _put(inputs_embeds, input_ids.eq(self.config.audio_token_id), rows, "audio")
         return self.language_model(
             input_ids=None,
             inputs_embeds=inputs_embeds,
@@ -128,7 +130,7 @@ class VideoSalmonn2Model(VideoSalmonn2PreTrainedModel):
         )
 
 
-class VideoSalmonn2ForConditionalGeneration(VideoSalmonn2PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class VideoSalmonn2ForConditionalGeneration(VideoSalmonn2PreTrainedModel, GenerationMixin):
     """video-SALMONN 2+ with its output matrix; loads and saves published folders."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
@@ -143,12 +145,14 @@ class VideoSalmonn2ForConditionalGeneration(VideoSalmonn2PreTrainedModel, Genera
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a published folder (Qwen2.5-VL keys in the old layout, or Qwen3-VL keys), sharded or not, or one of ours.
+        """Loads a published folder (Qwen2.5-VL keys in the old layout, or Qwen3-VL keys), sharded or not, or one of
+        ours.
 
         Further arguments as in transformers. Nothing may be missing, left over or of another size.
 
         Raises:
-            UserError: no `audio_config` (a stock checkpoint); keys that are missing, surplus or of another size, listed.
+            UserError: no `audio_config` (a stock checkpoint); keys that are missing, surplus or of another size,
+            listed.
         """
         with_info = kwargs.pop("output_loading_info", False)
         if not isinstance(kwargs.get("config"), VideoSalmonn2Config):
@@ -252,7 +256,7 @@ class VideoSalmonn2ForConditionalGeneration(VideoSalmonn2PreTrainedModel, Genera
         """(3, B, n) indices and (B, 1) rope deltas; see `positions`."""
         c = self.config
         marks = Marks(c.video_token_id, c.audio_token_id, c.vision_start_token_id, c.vision_end_token_id)
-        scheme = c.position_scheme if position_scheme is None else check_scheme(c.backbone, position_scheme)
+        scheme = check_scheme(c.backbone, position_scheme or c.position_scheme)
         grids = video_grids(video_grid_thw, second_per_grid_ts, c.vision_config.spatial_merge_size)
         return positions(input_ids, grids, marks, scheme, attention_mask)
 

@@ -2,7 +2,8 @@
 
 Qwen2.5-VL backbone, two ticks a second:
 
-`training` (default): what the published weights were trained with. Pictures and sounds share one clock: pair k of frames
+`training` (default): what the published weights were trained with. Pictures and sounds share one clock: pair k of
+frames
     stands at tick floor(2 * k * s), the i-th audio token at tick i. It is the default because it is what the weights
     learned and because a token's index depends only on what came before it, as a stream needs.
 `generation`: what the published inference code really uses. It recomputes the indices without being told about sound or
@@ -10,11 +11,11 @@ Qwen2.5-VL backbone, two ticks a second:
     the grid's indices in order, whether they are pictures or sounds; the rest counts as text. Published results follow
     this one: choose it to reproduce them.
 
-Qwen3-VL backbone: `timestamps`, the only one. Time is written as text; each bracket's pictures stand at the next free index,
-sounds count as text.
+Qwen3-VL backbone: `timestamps`, the only one. Time is written as text; each bracket's pictures stand at the next free
+index, sounds count as text.
 
-The public functions fail on two videos in a sample and on a text-only sample; here a sample has any number of blocks (text
-between two blocks continues after the largest index on any axis).
+The public functions fail on two videos in a sample and on a text-only sample; here a sample has any number of blocks
+(text between two blocks continues after the largest index on any axis).
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Marks:
 
 
 def ticks(pairs: int, seconds_per_pair: float | None) -> Tensor:
-    """(pairs,) int64, the tick at which each frame pair begins: floor(2 * (k * s)) in float32; s counts as 1 if unknown.
+    """(pairs,) int64, the tick at which each frame pair begins: floor(2 * (k * s)) in float32; s counts as 1 if
+    unknown.
 
     float32 is part of the rule: with 0.21 s, float64 gives another tick for two of 384 pairs.
     """
@@ -84,8 +86,8 @@ def positions(
         mask: (B, n), 0 where padded. Padding gets index 1 on all axes.
 
     Returns:
-        (3, B, n) int64 indices; (B, 1) int64 `rope_deltas`: 1 + largest index - length, what is added to a token's number
-        to get its index when decoding.
+        (3, B, n) int64 indices; (B, 1) int64 `rope_deltas`: 1 + largest index - length, what is added to a token's
+        number to get its index when decoding.
 
     Raises:
         UserError: the videos do not fit the tokens.
