@@ -228,7 +228,8 @@ class Evaluator:
         self, clip: Clip, questions: list[ChoiceQuestion], s: Setting, state: StreamState, encoder: MediaEncoder
     ) -> list[ItemResult]:
         blocks = [encoder.text(self._ids(q)) for q in questions]
-        hidden = self.streams[s.key()].ask(state, blocks)[0]
+        stream = self.streams[s.key()]
+        hidden = stream.ask(stream.caught_up(state, encoder.waiting()), blocks)[0]
         last = torch.tensor([b.n for b in blocks], device=hidden.device).cumsum(0) - 1
         logits = self.model.logits(hidden[last]).float().log_softmax(-1)
         tokens = letter_tokens(self.model, max(q.n_options for q in questions))
@@ -244,7 +245,6 @@ class Evaluator:
         self, clip: Clip, questions: list[ChoiceQuestion], s: Setting, state: StreamState, encoder: MediaEncoder
     ) -> list[ItemResult]:
         stream = self.streams[s.key()]
-        state = stream.flush(state)
         results = []
         for q in questions:
             tokens = stream.generate(state, encoder, self._ids(q), self.max_new_tokens)

@@ -30,31 +30,44 @@ class TimedTurn:
 
 @dataclass(frozen=True)
 class Question:
-    """A turn placed in an encoded stream: asked after the first `after` blocks.
+    """A turn as tokens.
 
     Attributes:
-        block: its tokens, closing marks included.
+        block: closing marks and the turn.
         read: (m,) int64 rows of `block` whose next token is supervised.
         targets: (m,) int64 those next tokens.
     """
 
-    after: int
     block: TokenBlock
     read: Tensor
     targets: Tensor
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Questions asked at one time: after the first `after` blocks and what the encoder held back then (`waiting`)."""
+
+    after: int
+    waiting: TokenBlock | None
+    questions: list[Question]
+
+
+@dataclass(frozen=True)
 class EncodedStream:
-    """A stream as embeddings, with its questions in the order of `after`."""
+    """A stream as embeddings, and the moments at which it is asked something, in order."""
 
     blocks: list[TokenBlock]
-    questions: list[Question]
+    moments: list[Moment]
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the stream itself, questions not counted."""
         return sum(block.n for block in self.blocks)
+
+    @property
+    def questions(self) -> list[Question]:
+        """All questions, in the order of the moments."""
+        return [q for moment in self.moments for q in moment.questions]
 
 
 @dataclass
@@ -92,57 +105,58 @@ def encode_stream(
     Raises:
         UserError: a turn later than the stream's end.
     """
-    blocks, questions = [encoder.start()], []
-    waiting = sorted((t for t in turns if t.time_s is not None), key=lambda t: float(t.time_s or 0.0))
+    blocks, moments = [encoder.start()], list[Moment]()
+    timed = sorted((t for t in turns if t.time_s is not None), key=_time)
     end_s = 0.0
     for window in windows:
-        while waiting and float(waiting[0].time_s or 0.0) < window.end_s - 1e-6:
-            questions.append(_place(encoder, waiting.pop(0), len(blocks), device))
+        due = [turn for turn in timed if _time(turn) < window.end_s - 1e-6]
+        timed = timed[len(due) :]
+        if due:
+            moments.append(_moment(encoder, due, len(blocks), device))
         if (block := encoder.push(window)) is not None and block.n:
             blocks.append(block)
         end_s = window.end_s
+    if timed and _time(timed[-1]) > end_s + 1e-6:
+        raise UserError(
+            f"a turn is asked at {_time(timed[-1]):g} s, the stream ends at {end_s:g} s", remedy="correct its time_s"
+        )
     if (block := encoder.finish()) is not None and block.n:
         blocks.append(block)
-    late = [t for t in waiting if float(t.time_s or 0.0) > end_s + 1e-6]
-    if late:
-        raise UserError(
-            f"a turn is asked at {late[0].time_s:g} s, the stream ends at {end_s:g} s", remedy="correct its time_s"
-        )
-    at_end = waiting + [t for t in turns if t.time_s is None]
-    questions += [_place(encoder, turn, len(blocks), device) for turn in at_end]
-    return EncodedStream(blocks, questions)
+    if at_end := timed + [turn for turn in turns if turn.time_s is None]:
+        moments.append(_moment(encoder, at_end, len(blocks), device))
+    return EncodedStream(blocks, moments)
 
 
-def _place(encoder: MediaEncoder, turn: TimedTurn, after: int, device: torch.device) -> Question:
-    ids, labels = turn.rendered.ids.to(device), turn.rendered.labels.to(device)
-    block = encoder.text(ids)
-    read = supervised(labels)
-    # closing marks come before the ids and are never supervised
-    return Question(after, block, read + block.n - ids.shape[0], labels[read + 1])
+def _time(turn: TimedTurn) -> float:
+    return float("inf") if turn.time_s is None else turn.time_s
+
+
+def _moment(encoder: MediaEncoder, turns: list[TimedTurn], after: int, device: torch.device) -> Moment:
+    questions = []
+    for turn in turns:
+        ids, labels = turn.rendered.ids.to(device), turn.rendered.labels.to(device)
+        block, read = encoder.text(ids), supervised(labels)
+        # closing marks come before the ids and are never supervised
+        questions.append(Question(block, read + block.n - ids.shape[0], labels[read + 1]))
+    return Moment(after, encoder.waiting(), questions)
 
 
 def answer_logits(stream: Stream, encoded: EncodedStream) -> tuple[list[Tensor], StreamState]:
     """Stream `encoded` and answer its questions.
 
-    Questions asked at the same moment share one pass over the memory.
+    Questions of one moment share one pass over the memory.
 
     Returns:
         for each question (m, vocabulary) logits of its supervised tokens; and the state at the stream's end, flushed.
     """
-    state, logits, asked = stream.start(), list[Tensor](), 0
-    questions = encoded.questions
-    for n_fed in range(len(encoded.blocks) + 1):
-        if n_fed:
-            state = stream.feed(state, encoded.blocks[n_fed - 1])
+    state, logits, n_fed = stream.start(), list[Tensor](), 0
+    for moment in encoded.moments:
+        state = stream.feed_all(state, encoded.blocks[n_fed : moment.after])
+        n_fed = moment.after
         if n_fed == len(encoded.blocks):
             state = stream.flush(state)
-        now = asked
-        while asked < len(questions) and questions[asked].after == n_fed:
-            asked += 1
-        if asked > now:
-            logits += _ask(stream, state, questions[now:asked])
-    assert asked == len(questions)
-    return logits, state
+        logits += _ask(stream, stream.caught_up(state, moment.waiting), moment.questions)
+    return logits, stream.flush(stream.feed_all(state, encoded.blocks[n_fed:]))
 
 
 def _ask(stream: Stream, state: StreamState, questions: list[Question]) -> list[Tensor]:

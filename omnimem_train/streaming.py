@@ -143,11 +143,16 @@ class Stream:
             return state
         return self._run_chunk(replace(state, pending=None), state.pending)
 
+    def caught_up(self, state: StreamState, waiting: TokenBlock | None = None) -> StreamState:
+        """`state` with everything run that was seen so far: pending tokens, and those an encoder holds back
+        (`MediaEncoder.waiting`). For questions asked now; the stream itself goes on from `state`."""
+        return self.flush(state if waiting is None else self.feed(state, waiting))
+
     def ask(self, state: StreamState, questions: list[TokenBlock]) -> Tensor:
         """Hidden states of questions that read the memory and nothing of each other.
 
-        Pending tokens are run and compressed first, on a copy: `state` stays valid and unchanged, so any number of
-        questions can share one pass over the stream.
+        `state` is left as it was, so any number of questions can share one pass over the stream. Tokens still pending
+        in it are run and compressed first, on a copy.
 
         Args:
             questions: text blocks (B, n_i) with the positions they have in the uncompressed stream.
@@ -172,7 +177,7 @@ class Stream:
         self, state: StreamState, encoder: MediaEncoder, ids: Tensor, max_new_tokens: int = 64
     ) -> list[int]:
         """Greedy answer to the question `ids` (n,) of one stream; ends before an end-of-sequence token."""
-        state = self.flush(state)
+        state = self.caught_up(state, encoder.waiting())
         layers, answer = state.layers, list[int]()
         block = encoder.text(ids)
         next_position = block.positions[:, -1:] + 1

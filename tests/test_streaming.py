@@ -236,7 +236,7 @@ def test_questions_together_equal_questions_alone() -> None:
         hidden = stream.ask(stream.flush(stream.feed(stream.start(), block)), [toy_question(5, 50, seed=q)])
         one = model.logits(hidden).log_softmax(-1)[..., 3].sum()
         one.backward()
-        total += float(one)
+        total += float(one.detach())
         media_sum += block.embeds.grad
         for name, p in model.module.named_parameters():
             if p.grad is not None:

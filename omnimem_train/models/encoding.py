@@ -32,8 +32,8 @@ class OmniEncoder(MediaEncoder):
     temporal patches, the audio tower attends inside blocks of 2 s.
 
     A mel frame reads 12.5 ms of sound after its centre, so the last 2 s of sound pushed are always waiting for the next
-    window (or `finish`); below 1 frame a second some more waits for the picture that precedes it. `text` puts what is
-    waiting in front, encoded as if the file ended there.
+    window (or `finish`); below 1 frame a second some more waits for the picture that precedes it. `waiting`
+    gives it, encoded as if the file ended there, for questions asked now.
 
     Args:
         model: whose towers and tokenizer.
@@ -116,21 +116,26 @@ class OmniEncoder(MediaEncoder):
         self.layout = self.layout.ended()
         return self._leave()
 
+    def waiting(self) -> TokenBlock | None:
+        """The tokens that `finish` would give now, encoded as if the file ended here. Leaves the encoder as it is."""
+        return self._as_if_ended()[1]
+
     def text(self, ids: Tensor, *, closing: bool = True) -> TokenBlock:
-        """Text that follows what was pushed so far, as if the stream ended here: tokens that were waiting for more
-        input, closing marks, then `ids` (n,). With `closing` off: `ids` alone, after the media that left. Leaves the
-        encoder as it is."""
+        """Text as if the stream ended here: closing marks, then `ids` (n,), placed after what is `waiting`. With
+        `closing` off: `ids` alone, after the media that left. Leaves the encoder as it is."""
         ids = torch.as_tensor(ids, dtype=torch.int64)
         if not closing:
             return self._text_block(ids, [], self.layout.next_position, self.layout.time_s)
+        where = self._as_if_ended()[0].layout
+        return self._text_block(ids, self._marks("eos"), where.next_position, where.time_s, marks_first=True)
+
+    def _as_if_ended(self) -> tuple[OmniEncoder, TokenBlock | None]:
+        """This encoder after `finish`, and what that gave."""
         if self._ended is None:
             ended = copy.copy(self)
             ended.mel = copy.copy(self.mel)
             self._ended = (ended, ended.finish())
-        ended, waiting = self._ended
-        where = ended.layout
-        tail = self._text_block(ids, self._marks("eos"), where.next_position, where.time_s, marks_first=True)
-        return tail if waiting is None else TokenBlock.cat([waiting, tail])
+        return self._ended
 
     def snapshot(self) -> dict[str, Tensor]:
         """What a new encoder needs to go on from here, as tensors."""

@@ -185,9 +185,13 @@ class MediaEncoder(ABC):
         """The tokens that were waiting for more input when the stream ended."""
 
     @abstractmethod
+    def waiting(self) -> TokenBlock | None:
+        """What `finish` would give now; None for nothing. Leaves the encoder as it is. A question asked now sees it."""
+
+    @abstractmethod
     def text(self, ids: Tensor, *, closing: bool = True) -> TokenBlock:
-        """Text that follows what was pushed so far, as if the stream ended here: closing marks (unless the stream has
-        none open or `closing` is off), then `ids` (n,). Leaves the encoder as it is."""
+        """Text as if the stream ended here: closing marks (unless the stream has none open or `closing` is off), then
+        `ids` (n,), with positions after what is `waiting`. Leaves the encoder as it is."""
 
     @abstractmethod
     def snapshot(self) -> dict[str, Tensor]:
