@@ -245,6 +245,7 @@ class Evaluator:
         self, clip: Clip, questions: list[ChoiceQuestion], s: Setting, state: StreamState, encoder: MediaEncoder
     ) -> list[ItemResult]:
         stream = self.streams[s.key()]
+        state = stream.caught_up(state, encoder.waiting())
         results = []
         for q in questions:
             tokens = stream.generate(state, encoder, self._ids(q), self.max_new_tokens)

@@ -68,7 +68,8 @@ class StreamSession:
     def ask(self, question: str, max_new_tokens: int = 64) -> str:
         """Greedy answer to a question about what was watched so far. The memory stays as it was."""
         ids = self.model.render(Turn(question)).ids.to(self.model.device)
-        tokens = self.stream.generate(self.state, self.encoder, ids, max_new_tokens)
+        state = self.stream.caught_up(self.state, self.encoder.waiting())
+        tokens = self.stream.generate(state, self.encoder, ids, max_new_tokens)
         return self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def kept_tokens(self) -> list[int]:

@@ -176,8 +176,8 @@ class Stream:
     def generate(
         self, state: StreamState, encoder: MediaEncoder, ids: Tensor, max_new_tokens: int = 64
     ) -> list[int]:
-        """Greedy answer to the question `ids` (n,) of one stream; ends before an end-of-sequence token."""
-        state = self.caught_up(state, encoder.waiting())
+        """Greedy answer to the question `ids` (n,) of one stream; ends before an end-of-sequence token. `state` is left
+        as it was; bring it up to date with `caught_up` first."""
         layers, answer = state.layers, list[int]()
         block = encoder.text(ids)
         next_position = block.positions[:, -1:] + 1
