@@ -214,6 +214,7 @@ class StreamingModel(ABC):
     eos_ids: tuple[int, ...]
     module: nn.Module
     tokenizer: Any
+    adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
 
     @property
     @abstractmethod
