@@ -1,7 +1,7 @@
 """Every rule keeps exactly the tokens that the original keeps.
 
-Reads golden data: the folder named by OMNIMEM_GOLDEN, else ../shared/golden, else the small copy under tests/golden. Sizes,
-seeds and settings come from the json files, so any other set of the same format will do.
+Reads golden data: the folder named by OMNIMEM_GOLDEN, else ../shared/golden, else the small copy under tests/golden.
+Sizes, seeds and settings come from the json files, so any other set of the same format will do.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from omnimem_train.memory import (
     make_allocation,
     make_selector,
 )
-from omnimem_train.memory.attention_rules import output_norm
 from omnimem_train.memory.infinipot import InfiniPotV, novelty
 from omnimem_train.memory.omnimem import RELEASED
+from omnimem_train.memory.perturbation import output_norm
 
 ROOT = Path(__file__).parent
 

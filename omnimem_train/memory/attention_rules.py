@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from omnimem_train.errors import UserError
-from omnimem_train.memory.numeric import best, products, real
+from omnimem_train.memory.numeric import best, real
 from omnimem_train.memory.options import within
+from omnimem_train.memory.perturbation import output_norm
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.memory.redundancy import EvidenceSelector, ScoringSelector
 from omnimem_train.memory.selector import Candidates, Probes, Scored, register
@@ -122,28 +123,13 @@ class Tova(EvidenceSelector):
         return replace(found, score=found.score.mean(dim=1, keepdim=True).expand(c.shape))
 
 
-def output_norm(c: Candidates) -> Tensor:
-    """(B, G, S): L1 norm of a value after its head's slice of the output projection, averaged over the group."""
-    if c.output_weight is None:
-        raise ValueError("critical_kv reads the output projection; give Candidates.output_weight")
-    values, d = c.tokens.values, c.tokens.values.shape[-1]
-    total = torch.zeros(c.shape, dtype=real(values), device=values.device)
-    weight = c.output_weight.to(values.dtype)
-    for head in range(c.queries.shape[1]):
-        g = head // c.group
-        part = weight[:, head * d : (head + 1) * d].expand(values.shape[0], -1, -1)
-        total[:, g] += products(values[:, g], part).abs().sum(-1)
-    return total / c.group
-
-
 @register
 @dataclass(frozen=True)
 class CriticalKV(SnapKV):
     """SnapKV in two stages: a share of the budget goes to its best tokens, the rest by attention x size of the output.
 
     The first stage takes the max(1, floor(keep x first_stage_ratio)) highest SnapKV scores y (window at its ceiling).
-    All others get (y + epsilon) x L1 norm of the projected value. This product is "approximate perturbation" in our
-    ablations.
+    All others get (y + epsilon) x L1 norm of the projected value.
 
     Options:
         epsilon: added to the attention in the second stage.

@@ -63,7 +63,8 @@ def frames_of(c: Candidates, modality: int, moving: bool) -> Frames:
     place = c.tokens.positions[..., 1:] - (time.unsqueeze(-1) if moving else 0)
     outside = ~members.unsqueeze(-1)
     far = torch.iinfo(torch.int64).max
-    place = (place - place.masked_fill(outside, far).amin(dim=(0, 1, 2))).masked_fill(outside, 0)
+    origin = place.masked_fill(outside, far).amin(dim=(1, 2), keepdim=True)  # of each stream
+    place = (place - origin).masked_fill(outside, 0)
     rows, columns = (place.amax(dim=(0, 1, 2)) + 1).tolist()
     return Frames(members, frame, n_frames, place[..., 0], place[..., 1], rows, columns)
 

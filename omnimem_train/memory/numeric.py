@@ -20,7 +20,8 @@ def products(x: Tensor, y: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == y.dtype and x.dtype in (torch.float16, torch.bfloat16):
         flat = torch.bmm(x.flatten(0, -3), y.flatten(0, -3).mT, out_dtype=torch.float32)
         return flat.view(*x.shape[:-1], y.shape[-2])
-    return x.to(real(x)) @ y.to(real(y)).mT
+    dtype = torch.promote_types(real(x), real(y))
+    return x.to(dtype) @ y.to(dtype).mT
 
 
 def best(score: Tensor, members: Tensor, count: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ from omnimem_train.errors import UserError, nearest
 T = TypeVar("T")
 
 
+def values(component: Any) -> dict[str, Any]:
+    """The options a frozen dataclass was built with, defaults included."""
+    return {f.name: getattr(component, f.name) for f in fields(component)}
+
+
 def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[str, Any]) -> T:
     """`table[name](**options)`, where a wrong name, option or type is a `UserError` that says what would be right.
 
@@ -18,7 +23,7 @@ def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[s
         kind: what is being built ("selector"), for the message.
         table: frozen dataclasses by name; the types of their defaults are the types of the options.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UserError(
             f"unknown {kind} {name!r}{nearest(str(name), table)}", remedy=f"choose one of: {', '.join(table)}"
         )
@@ -38,7 +43,7 @@ def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[s
     missing = [key for key, default in defaults.items() if default is MISSING and key not in options]
     if missing:
         raise UserError(f"{kind} {name!r} needs the option {missing[0]!r}", remedy=f"give {', '.join(missing)}")
-    return cls(**options)
+    return cls(**{k: float(v) if isinstance(defaults[k], float) else v for k, v in options.items()})
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -6,12 +6,13 @@ Shape legend: see `omnimem_train.memory.state`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from omnimem_train.memory.numeric import real
+from omnimem_train.memory.numeric import products, real
 from omnimem_train.memory.options import one_of, within
 from omnimem_train.memory.redundancy import EvidenceSelector
 from omnimem_train.memory.selector import Candidates, Probes, Scored, register
@@ -35,6 +36,7 @@ class Perturbation(EvidenceSelector):
         n_probes: queries spread over the chunk that are asked; 0 for all.
         group_norm: "mean" of the norms of a group's heads; or "sum", the norm of the sum of their changes, which is
             what evicting a kv head's token does to the layer. It needs the cross Gram matrices W_h^T W_h'.
+        approximate: score by A * ||W v||_1, CriticalKV's bound, instead ("approximate perturbation" in ablations).
     """
 
     name: ClassVar[str] = "perturbation"
@@ -44,6 +46,7 @@ class Perturbation(EvidenceSelector):
     redundancy: str = "later_key"
     n_probes: int = 64
     group_norm: str = "mean"
+    approximate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +64,11 @@ class Perturbation(EvidenceSelector):
 
     def measure(self, c: Candidates, keep: int) -> Scored:
         """Mean change over the probes that see a candidate."""
+        fresh = c.mean_attention().mean(dim=2) * output_norm(c) if self.approximate else self._exact(c)
+        importance = self.remembered(c, fresh)
+        return Scored(importance, importance=importance)
+
+    def _exact(self, c: Candidates) -> Tensor:
         total = torch.zeros(c.shape, dtype=real(c.tokens.keys), device=c.tokens.keys.device)
         seen = torch.zeros(c.n, dtype=total.dtype, device=total.device)
         change = Change(c)
@@ -68,8 +76,25 @@ class Perturbation(EvidenceSelector):
             found = change.of_group(attention) if self.group_norm == "sum" else change.of_heads(attention).mean(dim=2)
             total += found.sum(dim=2)
             seen += visible.sum(dim=0)
-        importance = self.remembered(c, total / seen.clamp(min=1))
-        return Scored(importance, importance=importance)
+        return total / seen.clamp(min=1)
+
+
+def output_norm(c: Candidates) -> Tensor:
+    """(B, G, S): L1 norm of a value after its head's slice of the output projection, averaged over the group."""
+    weight, values = output_weight(c), c.tokens.values
+    total = torch.zeros(c.shape, dtype=real(values), device=values.device)
+    for head in range(weight.shape[1]):
+        g = head // c.group
+        part = weight[:, head].expand(values.shape[0], -1, -1)
+        total[:, g] += products(values[:, g], part).abs().sum(-1)
+    return total / c.group
+
+
+def output_weight(c: Candidates) -> Tensor:
+    """(E, H, D): the output projection, head by head."""
+    if c.output_weight is None:
+        raise ValueError("this selector reads the output projection; give Candidates.output_weight")
+    return c.output_weight.unflatten(1, (c.queries.shape[1], -1))
 
 
 class Change:
@@ -79,23 +104,30 @@ class Change:
     """
 
     def __init__(self, c: Candidates) -> None:
-        if c.output_weight is None:
-            raise ValueError("perturbation reads the output projection; give Candidates.output_weight")
         self.values = c.tokens.values.to(real(c.tokens.values))  # (B, G, S, D)
-        _, g, _, d = self.values.shape
-        weight = c.output_weight.to(self.values.dtype).view(-1, g, c.group, d)
+        weight = output_weight(c).to(self.values.dtype).unflatten(1, (-1, c.group))
         self.gram = torch.einsum("xghd,xgke->ghkde", weight, weight)  # W_h^T W_k, (G, N, N, D, D)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """(B, G, N, 1, S): squared norm of each projected value."""
+        values = self.values.unsqueeze(2)
+        return ((values @ self.own_gram) * values).sum(-1).unsqueeze(-2)
+
+    @property
+    def own_gram(self) -> Tensor:
+        """(G, N, D, D): W_h^T W_h."""
+        return self.gram.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
 
     def of_heads(self, attention: Tensor) -> Tensor:
         """(B, G, N, p, S) attention -> (B, G, N, p, S): the norm for each query head by itself."""
         values = self.values.unsqueeze(2)  # (B, G, 1, S, D)
-        gram = self.gram.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # (G, N, D, D)
+        gram = self.own_gram
         largest = Largest(attention, values)
         output = largest.output
 
-        size = ((values @ gram) * values).sum(-1).unsqueeze(-2)  # (B, G, N, 1, S)
         projected = output @ gram
-        square = size - 2 * (projected @ values.mT) + (projected * output).sum(-1, keepdim=True)
+        square = self.size - 2 * (projected @ values.mT) + (projected * output).sum(-1, keepdim=True)
         change = _odds(attention) * square.clamp(min=0).sqrt()
 
         own = largest.change

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omnimem_train.memory.numeric import best, products, real
-from omnimem_train.memory.options import build
+from omnimem_train.memory.options import build, values
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL, LayerMemory
 
@@ -211,7 +211,7 @@ class Selector(ABC):
 
     def options(self) -> dict[str, Any]:
         """The options as plain JSON values, also the defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return values(self)
 
 
 class Allocation(Protocol):
@@ -242,8 +242,11 @@ def choose(c: Candidates, selector: Selector, allocation: Allocation, budget: in
     """
     n_media = c.n - c.n_text
     keep = min(budget, n_media)
+    if "hidden" in selector.needs and not selector.shared_heads:
+        raise ValueError(f"{selector.name} reads layer inputs, so it has to keep the same tokens in all heads")
     everything = selector.keeps_all or (allocation.spends_all and keep == n_media)
-    with torch.no_grad():
+    # an autocast region around the forward would do the sums of scores in half precision
+    with torch.no_grad(), torch.autocast(c.tokens.keys.device.type, enabled=False):
         scored = None if everything and not selector.keeps_evidence else selector.score(c, keep)
         if everything or scored is None:
             return torch.arange(c.n, device=c.tokens.keys.device).expand(c.shape), scored
@@ -303,8 +306,8 @@ class SelectorRow(NamedTuple):
 
 
 def selector_table() -> list[SelectorRow]:
-    """All registered selectors with source, cost and the defaults of their options."""
-    return [SelectorRow(name, cls.source, cls.cost, cls().options()) for name, cls in _SELECTORS.items()]
+    """All registered selectors by name, with source, cost and the defaults of their options."""
+    return [SelectorRow(name, cls.source, cls.cost, cls().options()) for name, cls in sorted(_SELECTORS.items())]
 
 
 __all__ = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omnimem_train.errors import UserError, nearest
 from omnimem_train.memory.allocation import make_allocation
+from omnimem_train.memory.options import values
 from omnimem_train.memory.selector import Allocation, Selector, make_selector
 
 FORMAT = 1
@@ -76,19 +77,30 @@ class MemorySpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layer_table, list | tuple):
+            raise UserError(
+                f"memory layer_table={self.layer_table!r} is not a list",
+                remedy="give one entry a layer, e.g. [512, 512]",
+            )
+        for name in ("selector_options", "allocation_options"):
+            if not isinstance(getattr(self, name), dict):
+                raise UserError(f"memory {name}={getattr(self, name)!r} is not a set of options")
         object.__setattr__(self, "layer_table", tuple(self.layer_table))
         self.make_selector()
         self.make_allocation()
         if isinstance(self.budget, str):
             parse_bytes(self.budget)
-        elif self.budget is not None and (isinstance(self.budget, bool) or self.budget < 1):
+        elif self.budget is not None and not _is_whole(self.budget, 1):
             raise UserError(
-                f"memory budget {self.budget} is below 1 token", remedy="give at least 1, or null for no limit"
+                f"memory budget {self.budget!r} is not a whole number of tokens, 1 or more",
+                remedy='give e.g. 6144, a size such as "512MiB", or null for no limit',
             )
-        for name, low in (("chunk_tokens", 1), ("max_gap", 1), ("max_text_tokens", 0)):
+        for name, low in (("chunk_tokens", 1), ("max_gap", 1), ("max_text_tokens", 0), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
+            if not _is_whole(value, low):
                 raise UserError(f"memory {name}={value!r} must be a whole number, {low} or more")
+        if not isinstance(self.count_text, bool):
+            raise UserError(f"memory count_text={self.count_text!r} must be true or false")
         if self.positions not in ("absolute", "compact"):
             raise UserError(
                 f"unknown positions {self.positions!r}{nearest(self.positions, ['absolute', 'compact'])}",
@@ -216,10 +228,13 @@ class MemorySpec:
         return cls(**values)
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any field; defaults of the selector count as if written out."""
-        values = self.to_dict()
-        values["selector_options"] = self.make_selector().options()
-        text = json.dumps({"format": FORMAT} | values, sort_keys=True, separators=(",", ":"))
+        """16 hex digits that change with any field; defaults of selector and allocation count as if written out."""
+        written_out = {
+            "format": FORMAT,
+            "selector_options": values(self.make_selector()),
+            "allocation_options": values(self.make_allocation()),
+        }
+        text = json.dumps(self.to_dict() | written_out, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path, **extra: Any) -> None:
@@ -259,10 +274,14 @@ class MemorySpec:
         return spec
 
 
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
 def _table_entry(entry: Any) -> LayerBudget:
     """An entry of a layer table: a number of tokens or [audio, visual]."""
-    numbers = [entry] if isinstance(entry, int) else list(entry) if isinstance(entry, Sequence) else []
-    if len(numbers) not in (1, 2) or not all(isinstance(n, int) and n >= 0 for n in numbers) or sum(numbers) < 1:
+    numbers = list(entry) if isinstance(entry, list | tuple) else [entry]
+    if len(numbers) not in (1, 2) or not all(_is_whole(n, 0) for n in numbers) or sum(numbers) < 1:
         raise UserError(
             f"entry {entry!r} of the layer table is neither a number of tokens nor [audio, visual]",
             remedy="write e.g. 512 or [128, 384]",
