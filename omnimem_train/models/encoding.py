@@ -45,7 +45,8 @@ class OmniEncoder(MediaEncoder):
         mel_floor: what stands for the loudest log10 mel value of the clip, 8 decades below which the stock extractor
             cuts off. A stream does not know its loudest moment: "running" takes the loudest so far (at the end of
             each 2 s block), which differs from the stock features only in near-silent bands before that moment. A
-            number (`preprocess.peak_log_mel` of the sound, one pass) gives the stock features exactly.
+            number (`peak_log_mel` of the sound, one pass: what the model's `prepass` does) gives the stock features
+            exactly.
 
     Raises:
         UserError: an option that cannot be used.
@@ -89,7 +90,7 @@ class OmniEncoder(MediaEncoder):
         self.size = (0, 0)  # of resized frames, known with the first
         self.frames = torch.zeros(0, 3, 0, 0, dtype=torch.uint8)  # resized, waiting for the rest of their patch
         self.n_frames = 0
-        self._ended: tuple[OmniEncoder, TokenBlock | None] | None = None
+        self._ended: tuple[Layout, TokenBlock | None] | None = None
 
     def start(self) -> TokenBlock:
         """System prompt, the user message's beginning, opening marks."""
@@ -121,20 +122,19 @@ class OmniEncoder(MediaEncoder):
         return self._as_if_ended()[1]
 
     def text(self, ids: Tensor, *, closing: bool = True) -> TokenBlock:
-        """Text as if the stream ended here: closing marks, then `ids` (n,), placed after what is `waiting`. With
-        `closing` off: `ids` alone, after the media that left. Leaves the encoder as it is."""
-        ids = torch.as_tensor(ids, dtype=torch.int64)
-        if not closing:
-            return self._text_block(ids, [], self.layout.next_position, self.layout.time_s)
-        where = self._as_if_ended()[0].layout
-        return self._text_block(ids, self._marks("eos"), where.next_position, where.time_s, marks_first=True)
+        """Text as if the stream ended here: closing marks (unless none are open or `closing` is off), then `ids` (n,),
+        with positions after what is `waiting`. Leaves the encoder as it is."""
+        where = self._as_if_ended()[0]
+        marks = self._marks("eos") if closing else []
+        return self._text_block(ids, marks, where.next_position, where.time_s, marks_first=True)
 
-    def _as_if_ended(self) -> tuple[OmniEncoder, TokenBlock | None]:
-        """This encoder after `finish`, and what that gave."""
+    def _as_if_ended(self) -> tuple[Layout, TokenBlock | None]:
+        """The layout after `finish`, and the tokens that gives; remembered until the next window."""
         if self._ended is None:
             ended = copy.copy(self)
             ended.mel = copy.copy(self.mel)
-            self._ended = (ended, ended.finish())
+            block = ended.finish()
+            self._ended = (ended.layout, block)
         return self._ended
 
     def snapshot(self) -> dict[str, Tensor]:

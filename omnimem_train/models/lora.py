@@ -85,6 +85,7 @@ def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
     assert found == sorted(modules), f"peft adapted {len(found)} modules, {len(modules)} were meant"
     for _, parameter in lora_parameters(model):
         parameter.data = parameter.data.float()
+    model.module.train(model.module.training)  # new modules come in training mode, with dropout
     return modules
 
 

@@ -8,12 +8,13 @@ before); `Parts` finds them by what is there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
@@ -25,7 +26,7 @@ from omnimem_train.models.encoding import OmniEncoder
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Tap, Turn
 from omnimem_train.models.layout import BLOCK_POSITIONS, POSITIONS_PER_S
 from omnimem_train.models.loading import find_file, read_json
-from omnimem_train.models.preprocess import Settings, read_settings, smart_resize
+from omnimem_train.models.preprocess import Settings, peak_log_mel, read_settings, smart_resize
 
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -227,6 +228,15 @@ class Qwen2_5OmniStreaming(StreamingModel):
                     f"unknown encoder option {key!r}{nearest(key, known)}", remedy=f"known: {', '.join(known)}"
                 )
         return OmniEncoder(self, info, fps, **options)
+
+    def prepass(self, sound: Iterable[np.ndarray]) -> dict[str, Any]:
+        """{"mel_floor": ...} for `open`: the loudest log10 mel value of the whole sound track, for features equal to the
+        stock ones. Live streams do without.
+
+        Args:
+            sound: the track in blocks of (m,) float32 samples at `sampling_rate`.
+        """
+        return {"mel_floor": peak_log_mel(sound, self.preprocessing)}
 
     def window_s(self, fps: float) -> float:
         """Smallest multiple of 2 s (the audio tower's block) that holds whole temporal patches of 2 / fps seconds."""
