@@ -67,8 +67,9 @@ class Random(Selector):
     def score(self, c: Candidates, keep: int) -> Scored:
         """The draws, in (0, 1]."""
         generator = torch.Generator().manual_seed(c.seed)
-        draw = 1 - torch.rand(c.shape[1:], generator=generator).to(c.tokens.keys.device)
-        stored = c.tokens.evidence.float()
+        draw = 1 - torch.rand(c.shape[1:], generator=generator)
+        draw = draw.to(c.tokens.keys.device, real(c.tokens.keys))
+        stored = c.tokens.evidence.to(draw.dtype)
         score = torch.where(stored > 0, stored, draw)
         return Scored(score, importance=score)
 
@@ -76,7 +77,7 @@ class Random(Selector):
 @register
 @dataclass(frozen=True)
 class Uniform(Selector):
-    """Tokens spread evenly over the stream: pick i of n is the first candidate at or after stream index
+    """Tokens spread evenly over the stream: pick i of n is the candidate nearest to stream index
     first + floor(i N / n), where N is the length of the stream from the first to the last candidate.
 
     On one fresh cache that is InfiniPot-V's `uniform`, floor(i N / n) of N tokens. Counting stream indices instead of
@@ -99,7 +100,10 @@ class Uniform(Selector):
         first, last = at[..., :1], at.gather(-1, (n_members - 1).clamp(min=0))
         i = torch.arange(c.n, device=at.device).expand(c.shape)
         target = (i * ((last - first + 1).double() / wanted.clamp(min=1))).floor().long() + first
-        place = torch.searchsorted(at, target)
+        after = torch.searchsorted(at, target).clamp(max=c.n - 1)
+        before = (after - 1).clamp(min=0)
+        is_nearer = target - at.gather(-1, before) < at.gather(-1, after) - target
+        place = torch.where(is_nearer, before, after)
         place = i + (place - i).cummax(dim=-1).values  # two targets in one gap: the later one takes the next member
         place = torch.minimum(place, n_members - wanted + i).clamp(0, c.n - 1)
         return torch.zeros_like(members).scatter(-1, row, _marks(place, i < wanted))
