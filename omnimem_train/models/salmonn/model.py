@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
@@ -339,3 +339,4 @@ def _put(embeds: Tensor, where: Tensor, rows: Tensor, kind: str) -> tuple[Tensor
 AutoConfig.register(VideoSalmonn2Config.model_type, VideoSalmonn2Config)
 AutoConfig.register(VideoSalmonn2AudioConfig.model_type, VideoSalmonn2AudioConfig)
 AutoModel.register(VideoSalmonn2Config, VideoSalmonn2Model)
+AutoModelForImageTextToText.register(VideoSalmonn2Config, VideoSalmonn2ForConditionalGeneration)
