@@ -4,8 +4,8 @@ Imports neither torch nor transformers, so the process starts fast. Two readers 
 to equal numbers of frames, equal times, and near-equal values):
 
 - decord: indexes all packets when it opens a file, and its `AudioReader` holds the whole sound track, resampled, in
-  memory: 4 bytes x channels x sampling_rate x seconds (0.7 GB for 90 minutes of stereo at 16 kHz; twice that while it
-  loads). The last track is kept for the next call on the same file.
+  memory: 4 bytes x sampling_rate x seconds (0.35 GB for 90 minutes at 16 kHz; more than twice that while it loads).
+  The last track is kept for the next call on the same file.
 - pyav: decodes picture and sound forward, window by window; memory does not depend on the length.
 
 Files that end in .wav, .flac or .ogg are read by soundfile, block by block, whichever reader is chosen.
@@ -14,12 +14,16 @@ Time: second 0 is the first picture (without a picture, the first sample). Frame
 last source frame whose time is below k / fps plus half the average distance of source frames, so for a constant rate
 the nearest one (the earlier of two equally near). The last source frame lasts 1 / (average rate). Sound that starts
 later than the picture is preceded by zeros, sound from before it is cut, and so is a tail of up to `TAIL_S` seconds
-behind the last picture, because codecs pad it. Several channels become one by their mean. Rates are converted by
-FFmpeg (decord, pyav) or by `Resampler` (soundfile).
+behind the last picture, because codecs pad it.
+
+Sound: FFmpeg converts rates and mixes channels for decord and pyav, `Resampler` converts rates for soundfile. Two
+channels become (left + right) / sqrt 2, as FFmpeg has it: 3 dB more than their mean, so values above 1 can occur.
+More channels are mixed by FFmpeg's table, or by their mean where soundfile reads them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -247,11 +251,12 @@ class DecordSound(Sound):
     def _load(path: Path, rate: int) -> tuple[np.ndarray, int, float]:
         import decord
 
-        reader, log = _captured(lambda: decord.AudioReader(str(path), sample_rate=rate, mono=False))
+        # Never mono=False: with more than one channel decord 0.6 then hands out memory it does not own.
+        reader, log = _captured(lambda: decord.AudioReader(str(path), sample_rate=rate, mono=True))
         if "ERROR" in log:  # at a packet it cannot decode, decord says so in its log and goes on as if the track ended
             raise Unreadable("the sound track is damaged: " + log.strip().splitlines()[-1])
-        samples = reader._array.mean(0, dtype=np.float32)
-        start_s = (reader.add_padding() if reader.shape[1] else 0) / rate
+        samples = reader._array[0]
+        start_s = reader.add_padding() / rate
         _, info = _captured(reader.get_info)
         words = info.split("original sample rate:")
         source_rate = int(words[1].split()[0]) if len(words) > 1 else 0
@@ -282,14 +287,10 @@ class PyavSound(Sound):
     def _samples(self, first: Any, decoded: Iterator[Any]) -> Iterator[np.ndarray]:
         import av
 
-        resampler = av.AudioResampler(format="fltp", layout=first.layout.name, rate=self.rate)
-        for part in resampler.resample(first):
-            yield part.to_ndarray().mean(0, dtype=np.float32)
-        for frame in decoded:
+        resampler = av.AudioResampler(format="fltp", layout="mono", rate=self.rate)
+        for frame in itertools.chain([first], decoded, [None]):
             for part in resampler.resample(frame):
-                yield part.to_ndarray().mean(0, dtype=np.float32)
-        for part in resampler.resample(None):
-            yield part.to_ndarray().mean(0, dtype=np.float32)
+                yield part.to_ndarray()[0]
 
 
 class SoundFileSound(Sound):
@@ -307,7 +308,8 @@ class SoundFileSound(Sound):
     def _blocks(self) -> Iterator[np.ndarray]:
         resampler = Resampler(self.source_rate, self.rate)
         while len(block := self._file.read(self.source_rate, dtype="float32", always_2d=True)):
-            yield resampler.push(block.mean(1, dtype=np.float32))
+            gain = math.sqrt(2) if block.shape[1] == 2 else 1.0  # as FFmpeg mixes two channels
+            yield resampler.push(block.mean(1, dtype=np.float32) * np.float32(gain))
         yield resampler.finish()
 
 

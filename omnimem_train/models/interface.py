@@ -54,8 +54,9 @@ class MediaWindow:
         start_s, end_s: its borders in seconds; windows of a file follow each other without gaps.
         frames: (n, height, width, 3) uint8 RGB, the frames whose time k / fps lies in [start_s, end_s); None without a
             picture. n may be 0.
-        samples: (m,) float32 mono in [-1, 1] at the model's sampling rate; None without sound. All windows but the
-            last hold exactly round((end_s - start_s) * rate) samples.
+        samples: (m,) float32 mono, about in [-1, 1], at the model's sampling rate; None without sound. Sample i of the
+            file lies at i / rate; a window holds those from round(start_s * rate) to round(end_s * rate), as far as the
+            sound goes: m is smaller where it ends, and 0 after that.
         last: True for the last window of the file.
     """
 
