@@ -175,4 +175,4 @@ def find(name: str) -> Golden | None:
 
 def largest(a: Tensor, b: Tensor) -> float:
     """Largest difference; infinite for another shape, so that a mistake in the shape is one in the value."""
-    return float((a.detach().double() - b.double()).abs().max()) if a.shape == b.shape else float("inf")
+    return float((a.detach().double() - b.detach().double()).abs().max()) if a.shape == b.shape else float("inf")

@@ -118,17 +118,10 @@ class VideoSalmonn2Audio(WhisperEncoder):
     def __init__(self, config: VideoSalmonn2AudioConfig) -> None:
         super().__init__(config)
         c = config.qformer_config
-        self.q_tokens = nn.Parameter(torch.zeros(1, c["query_length"], c["hidden_size"]))
+        self.q_tokens = nn.Parameter(c["initializer_range"] * torch.randn(1, c["query_length"], c["hidden_size"]))
         self.qformer = QFormer(c)
         self.audio_proj = nn.Linear(c["hidden_size"], c["out_hidden_size"])
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            nn.init.normal_(self.q_tokens, std=self.config.qformer_config["initializer_range"])
-        if isinstance(module, _Embeddings):
-            module.position_ids.copy_(torch.arange(module.position_ids.shape[1])[None])
 
     def encode(self, audio_feature: Tensor) -> Tensor:
         """Log-mel (windows, 128, 3000) -> encoder states (windows, 1500, d_model), after the last layer norm."""
