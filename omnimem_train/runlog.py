@@ -78,7 +78,11 @@ class Meter:
         try:
             yield
         finally:
-            self._waited_s += self.clock() - start_s
+            self.waited(self.clock() - start_s)
+
+    def waited(self, seconds: float) -> None:
+        """Count `seconds` measured elsewhere as waiting for data."""
+        self._waited_s += seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:

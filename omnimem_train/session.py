@@ -143,14 +143,20 @@ class StreamSession:
         return session
 
 
-def model_fingerprint(model: StreamingModel) -> str:
-    """16 hex digits of the language model: names, shapes and some values of its weights, adapters included."""
+def model_fingerprint(model: StreamingModel, adapters: bool = True) -> str:
+    """16 hex digits of the decoder layers: names, shapes and some values of their weights.
+
+    Args:
+        adapters: count the adapter's weights too. Without them a model with an adapter has the print of its base.
+    """
     digest = hashlib.sha256()
-    wanted = model.language_prefix()
+    prefix = model.language_prefix()
     for name, weight in model.module.named_parameters():
-        if wanted in name:
+        adapter = ".lora_" in name
+        if name.startswith(prefix) and (adapters or not adapter):
+            short = name.removeprefix(prefix).replace(".base_layer.", ".")
             sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+            digest.update(f"{short} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
-"""One training step on one stream: encode, stream with compression, ask, sum the losses.
+"""One training step on one stream: stream it with compression, ask, sum the losses.
 
-Everything happens inside one `forward` of one module, so DDP, ZeRO and FSDP see a single call however many chunks it has.
+All chunks run inside one `forward` of one module, so DDP and ZeRO see a single call however many there are. The encoders
+are frozen and run before it (`encode_stream`), where no gradient and no engine is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from omnimem_train.errors import UserError
 from omnimem_train.losses import LossConfig, answer_loss, distillation_loss, supervised
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
+from omnimem_train.memory.state import MODALITIES
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, RenderedTurn, StreamingModel, TokenBlock
 from omnimem_train.streaming import Gradient, Stream, StreamState
 
@@ -187,16 +188,8 @@ class StreamingStep(nn.Module):
         self.model, self.loss, self.adapters_off = model, loss, adapters_off
         self.module = model.module
 
-    def forward(
-        self,
-        encoder: MediaEncoder,
-        windows: Iterable[MediaWindow],
-        turns: list[TimedTurn],
-        spec: MemorySpec,
-        gradient: Gradient,
-    ) -> StepResult:
+    def forward(self, encoded: EncodedStream, spec: MemorySpec, gradient: Gradient) -> StepResult:
         """Loss of one stream under one memory spec."""
-        encoded = encode_stream(encoder, windows, turns, self.model.device)
         stream = Stream(self.model, spec, gradient, encoded.n_tokens)
         logits, state = answer_logits(stream, encoded)
         answer = torch.stack([answer_loss(x, q.targets) for x, q in zip(logits, encoded.questions, strict=True)]).sum()
@@ -223,13 +216,10 @@ class StreamingStep(nn.Module):
         return torch.stack([distillation_loss(x, t, self.loss.temperature) for x, t in pairs]).sum()
 
 
-_NAMES = {"text": TEXT, "visual": VISUAL, "audio": AUDIO}
-
-
 def kept_by_modality(state: StreamState) -> dict[str, Tensor]:
     """Tokens kept, by modality: mean over layers, streams and kv heads."""
     counts = {}
-    for name, code in _NAMES.items():
+    for name, code in MODALITIES.items():
         per_layer = [(m.modality == code).sum(-1).float().mean() for m in state.layers]
         counts[name] = torch.stack(per_layer).mean()
     return counts
@@ -238,4 +228,4 @@ def kept_by_modality(state: StreamState) -> dict[str, Tensor]:
 def seen_by_modality(blocks: list[TokenBlock]) -> dict[str, int]:
     """Tokens of the stream, by modality (first stream of the batch)."""
     modality = torch.cat([block.modality[0] for block in blocks]).cpu()
-    return {name: int((modality == code).sum()) for name, code in _NAMES.items()}
+    return {name: int((modality == code).sum()) for name, code in MODALITIES.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import ToyModel, toy_question, toy_stream
 from torch import Tensor
+from toy import ToyModel, toy_question, toy_stream
 
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec

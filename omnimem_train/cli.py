@@ -1,0 +1,204 @@
+"""The `omnimem` command. Errors a user can mend are printed and end with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omnimem_train import __version__
+from omnimem_train.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    top = argparse.ArgumentParser(prog="omnimem", description="Streaming audio-visual LLMs in a fixed memory budget.")
+    top.add_argument("--version", action=_Version, nargs=0, help="versions of this package and what it stands on")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    for name, run, text in (
+        ("train", _train, "fine-tune an adapter under random memory budgets"),
+        ("eval", _eval, "multiple-choice evaluation: selectors x budgets x (base, adapter)"),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument("recipe", type=Path, help="YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe, e.g. memory.budget=512")
+
+    sub = command("ask", _ask, "stream a file through a fixed memory and answer a question about it")
+    sub.add_argument("video", type=Path)
+    sub.add_argument("question")
+    sub.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    sub.add_argument("--adapter", type=Path, help="adapter folder; its memory.json is used")
+    sub.add_argument("--budget", help='tokens a layer, a size such as 512MiB, or "full"')
+    sub.add_argument("--selector", help="see `omnimem selectors`")
+    sub.add_argument("--chunk-tokens", type=int)
+    sub.add_argument("--fps", type=float, default=2.0, help="frames a second (default 2)")
+    sub.add_argument("--reader", default="decord", help="decord or pyav")
+    sub.add_argument("--max-new-tokens", type=int, default=128)
+    sub.add_argument("--dtype", default="auto")
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--save", type=Path, help="write the session here, to ask more later")
+
+    sub = command("export", _export, "write the adapter of a training run in PEFT format, with memory.json")
+    sub.add_argument("checkpoint", type=Path, help="run folder or checkpoint")
+    sub.add_argument("out", type=Path)
+    sub.add_argument("--model", help="base model, if it has moved since training")
+    sub.add_argument("--layout", default="thinker", help='module names: "thinker" (default) or "omni"')
+
+    command("selectors", _selectors, "list the selectors with source, cost and options")
+    sub = command("tiny", _tiny, "write a tiny random Qwen2.5-Omni thinker, to try things without weights")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--size", default="tiny", help="tiny (2.5 M parameters) or nano (0.3 M)")
+    sub.add_argument("--seed", type=int, default=0)
+    return top
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import importlib.metadata
+
+        lines = [f"omnimem-train {__version__}", f"python {sys.version.split()[0]}"]
+        for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "decord", "av"):
+            try:
+                lines.append(f"{name} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:
+                lines.append(f"{name} (not installed)")
+        print("\n".join(lines))
+        parser.exit()
+
+
+def _train(arguments: Any) -> None:
+    from omnimem_train.config import load_config
+    from omnimem_train.trainer import RunConfig, train
+
+    folder = train(load_config(RunConfig, arguments.recipe, arguments.overrides))
+    print(f"checkpoint: {folder}", flush=True)
+
+
+def _eval(arguments: Any) -> None:
+    from accelerate import PartialState
+
+    from omnimem_train.config import load_config
+    from omnimem_train.evaluate import Evaluator
+    from omnimem_train.evaluation import EvalConfig, evaluate, table
+    from omnimem_train.export import adapter_memory
+    from omnimem_train.models.loading import load
+    from omnimem_train.models.lora import disable_adapter
+
+    config = load_config(EvalConfig, arguments.recipe, arguments.overrides)
+    state = PartialState()
+    device = str(state.device) if config.model.device == "auto" else config.model.device
+    model = load(replace(config.model, device=device))
+    if config.model.adapter is not None and (Path(config.model.adapter) / "memory.json").exists():
+        adapter_memory(Path(config.model.adapter), model)
+    evaluator = Evaluator(
+        model,
+        config.settings(),
+        method=config.method,
+        max_new_tokens=config.max_new_tokens,
+        adapters_off=partial(disable_adapter, model),
+    )
+    summary = evaluate(
+        config,
+        model,
+        evaluator,
+        rank=state.process_index,
+        world=state.num_processes,
+        barrier=state.wait_for_everyone,
+        progress=partial(_bar, "clips", state.is_main_process),
+    )
+    if state.is_main_process:
+        print(table(summary))
+        if failed := summary["failed"]:
+            print(f"\n{len(failed)} questions failed and count as wrong, e.g. {failed[0]['question']}: {failed[0]['why']}")
+    state.destroy_process_group()
+
+
+def _bar(unit: str, shown: bool, items: Iterable[Any]) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, unit=unit, disable=not shown)
+
+
+def _ask(arguments: Any) -> None:
+    from omnimem_train.export import adapter_memory
+    from omnimem_train.media import read_windows
+    from omnimem_train.memory.spec import MemorySpec
+    from omnimem_train.models.loading import load_model
+    from omnimem_train.session import StreamSession
+
+    a = arguments
+    spec = MemorySpec() if a.adapter is None else adapter_memory(a.adapter)
+    spec = _changed(spec, a)
+    model = load_model(a.model, dtype=a.dtype, device=a.device, adapter=a.adapter)
+    if a.adapter is not None:
+        adapter_memory(a.adapter, model)
+    with read_windows(
+        a.video, fps=a.fps, window_s=model.window_s(a.fps), sampling_rate=model.sampling_rate, reader=a.reader
+    ) as windows:
+        session = StreamSession(model, spec, windows.info, a.fps)
+        for window in _bar("windows", True, windows):
+            session.feed(window)
+    print(session.ask(a.question, a.max_new_tokens))
+    kept = session.kept_tokens()
+    print(
+        f"[{session.watched_s:g} s watched, {session.state.n_run} tokens; kept a layer: {min(kept)} to {max(kept)}, "
+        f"selector {spec.selector}]",
+        file=sys.stderr,
+    )
+    if a.save is not None:
+        session.save(a.save)
+
+
+def _changed(spec: Any, a: Any) -> Any:
+    """The memory spec with what the command line says."""
+    changes: dict[str, Any] = {}
+    if a.selector is not None:
+        changes |= {"selector": a.selector, "selector_options": {}}
+    if a.chunk_tokens is not None:
+        changes["chunk_tokens"] = a.chunk_tokens
+    if a.budget is not None:
+        budget = None if a.budget == "full" else int(a.budget) if a.budget.lstrip("-").isdigit() else a.budget
+        changes |= {"budget": budget, "layer_table": ()}
+    return spec.replace(**changes)
+
+
+def _export(arguments: Any) -> None:
+    from omnimem_train.export import export_adapter
+
+    report = export_adapter(arguments.checkpoint, arguments.out, model_path=arguments.model, layout=arguments.layout)
+    print(f"{arguments.out}: " + ", ".join(f"{k} {v}" for k, v in report.items()))
+
+
+def _selectors(arguments: Any) -> None:
+    from omnimem_train.memory import selector_table
+
+    for row in selector_table():
+        print(f"{row.name}\n    source:  {row.source}\n    cost:    {row.cost}\n    options: {json.dumps(row.options)}")
+
+
+def _tiny(arguments: Any) -> None:
+    from omnimem_train.models.tiny import make_tiny
+
+    print(make_tiny(arguments.folder, arguments.seed, arguments.size))

@@ -1,0 +1,135 @@
+"""An adapter that others can use: PEFT files, `memory.json`, a model card, read back and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omnimem_train.checkpoint import find_checkpoint, load_checkpoint, read_meta
+from omnimem_train.errors import UserError
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.interface import StreamingModel
+from omnimem_train.models.loading import load_model
+from omnimem_train.models.lora import WEIGHTS, LoraSettings, add_lora, lora_parameters, save_adapter
+from omnimem_train.session import model_fingerprint
+
+LAYOUTS = ("thinker", "omni")
+
+
+def export_adapter(
+    checkpoint: Path, out: Path, *, model_path: str | None = None, layout: str = "thinker", device: str = "cpu"
+) -> dict[str, Any]:
+    """Write the adapter of a training checkpoint.
+
+    Args:
+        checkpoint: a checkpoint, or a run's folder for its newest one.
+        out: folder to write into: adapter_config.json, adapter_model.safetensors, memory.json, README.md.
+        model_path: the base model, if it is elsewhere than in training.
+        layout: "thinker" names modules for the stock thinker class of the installed transformers, "omni" for the full
+            Omni model.
+
+    Returns:
+        What the check found ("modules", "trained", "parameters"), and "step".
+
+    Raises:
+        UserError: no checkpoint, a base model that does not fit, or an adapter that was never trained.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown adapter layout {layout!r}", remedy=f"choose one of: {', '.join(LAYOUTS)}")
+    folder = find_checkpoint(checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint)
+    content = read_meta(folder)
+    meta = content["meta"]
+    settings = meta["config"]
+    path = model_path or settings["model"]["path"]
+    model = load_model(path, dtype=settings["model"]["dtype"], device=device)
+    add_lora(model, LoraSettings(**(settings["lora"] | {"targets": tuple(settings["lora"]["targets"])})))
+    held = load_checkpoint(folder, world_size=content["world_size"])
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model):
+            parameter.copy_(held.tensors["adapter"][name])
+    report: dict[str, Any] = save_adapter(model, out, inside_omni=layout == "omni")
+    if report["trained"] == 0:
+        raise UserError(f"the adapter in {folder} changes nothing", cause="all its B matrices are zero: not trained yet")
+    spec = MemorySpec.from_dict(settings["memory"])
+    about = {
+        "base_model": path,
+        "base_fingerprint": model_fingerprint(model, adapters=False),
+        "adapter_sha256": sha256(out / WEIGHTS),
+        "trained_budgets": settings["budgets"],
+        "steps": content["step"],
+        "versions": meta["versions"],
+    }
+    spec.save(out / "memory.json", **about)
+    (out / "README.md").write_text(model_card(spec, about, settings, report))
+    fresh = load_model(path, dtype=settings["model"]["dtype"], device=device, adapter=out)
+    adapter_memory(out, fresh)
+    return report | {"step": content["step"]}
+
+
+def adapter_memory(folder: Path, base: StreamingModel | None = None) -> MemorySpec:
+    """The memory spec an adapter was trained with.
+
+    Args:
+        base: the model (its adapter does not matter), to hold it against the one the adapter was trained on; None for
+            no such check.
+
+    Raises:
+        UserError: no spec, or one of another adapter, or an adapter of another base model.
+    """
+    spec = MemorySpec.load(folder)
+    about = json.loads((folder / "memory.json").read_text())["about"]
+    weights = folder / WEIGHTS
+    if not weights.is_file() or about.get("adapter_sha256") != sha256(weights):
+        raise UserError(
+            f"{folder}: memory.json belongs to another {WEIGHTS}",
+            cause="the two were written together; one of them was replaced",
+            remedy="export the adapter again",
+        )
+    if base is not None and about.get("base_fingerprint") != model_fingerprint(base, adapters=False):
+        raise UserError(
+            f"the adapter {folder} was trained on another base model ({about.get('base_model')})",
+            cause=f"fingerprint {about.get('base_fingerprint')}, this model has {model_fingerprint(base, adapters=False)}",
+            remedy="load the base model it was trained on, in the same dtype",
+        )
+    return spec
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_card(spec: MemorySpec, about: dict[str, Any], settings: dict[str, Any], report: dict[str, Any]) -> str:
+    """README.md of an adapter, in the form the Hugging Face hub reads."""
+    lora, budgets = settings["lora"], settings["budgets"]
+    drawn = (
+        f"drawn from {budgets['choices']}" if budgets["choices"]
+        else f"{budgets['kind'].replace('_', '-')} between {budgets['low']} and {budgets['high']}"
+    )  # fmt: skip
+    return f"""---
+base_model: {about["base_model"]}
+library_name: peft
+tags: [omnimem-train, streaming, kv-cache]
+---
+
+# Budget-aware adapter for `{about["base_model"]}`
+
+LoRA (r = {lora["r"]}, alpha = {lora["alpha"]:g}, on {", ".join(lora["targets"])}; {report["modules"]} modules,
+{report["parameters"]:,} weights), trained for {about["steps"]} steps with the memory compressed in the forward pass:
+selector `{spec.selector}`, {drawn} tokens a layer, {100 * budgets["full_share"]:.0f} % of the steps without compression,
+chunks of {spec.chunk_tokens} tokens, {spec.positions} positions.
+
+`memory.json` (fingerprint `{spec.fingerprint()}`) rebuilds that memory:
+
+```
+omnimem ask VIDEO "question" --model {about["base_model"]} --adapter THIS_FOLDER
+```
+
+The adapter alone loads with `PeftModel.from_pretrained` on the stock class. Trained with
+{", ".join(f"{k} {v}" for k, v in about["versions"].items() if v not in ("not installed", "None"))}.
+"""

@@ -1,0 +1,388 @@
+"""The training loop: one function, read from top to bottom.
+
+Every step draws one memory budget and one chunk length (the same on all ranks), streams `train.accumulation` clips a
+rank through the model with that memory, and updates the adapter on the answers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from torch import Tensor
+
+from omnimem_train.budget_sampling import BudgetSampler, BudgetSampling, Draw
+from omnimem_train.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from omnimem_train.config import save_resolved, to_plain
+from omnimem_train.data import BrokenMedia, DataConfig, SkippedMedia, StreamDataset, StreamLoader, load_manifest
+from omnimem_train.errors import UserError
+from omnimem_train.losses import LossConfig
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.interface import StreamingModel
+from omnimem_train.models.loading import ModelConfig, load
+from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, load_adapter, lora_parameters
+from omnimem_train.rng import rng_state, set_rng_state, versions
+from omnimem_train.runlog import Meter, RunLog
+from omnimem_train.step import EncodedStream, StepResult, StreamingStep, TimedTurn, encode_stream
+from omnimem_train.streaming import Gradient
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation.
+
+    Attributes:
+        output: folder of the run.
+        steps: optimizer steps.
+        lr: peak learning rate of AdamW.
+        warmup_steps: linear warm-up, then a cosine down to `lr * min_lr_share` at the last step.
+        weight_decay, beta1, beta2, eps: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        accumulation: clips a rank runs for one step.
+        log_every, save_every: steps between log lines and checkpoints (0: only at the end).
+        keep: checkpoints kept.
+        seed: of adapter weights and data order.
+        deepspeed: a DeepSpeed JSON config; None for plain data parallelism (or what `accelerate launch` says).
+        resume: "never", "auto" (the newest checkpoint of `output`, if there is one), or a checkpoint folder.
+    """
+
+    output: Path = Path("runs/train")
+    steps: int = 100
+    lr: float = 2e-5
+    min_lr_share: float = 0.1
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    accumulation: int = 1
+    log_every: int = 10
+    save_every: int = 0
+    keep: int = 2
+    seed: int = 0
+    deepspeed: Path | None = None
+    resume: str = "never"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)} must be 1 or more")
+        for name in ("lr", "max_grad_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
+        for name in ("warmup_steps", "save_every", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name}={getattr(self, name)} is negative")
+        if not 0 <= self.min_lr_share <= 1:
+            raise UserError(f"train.min_lr_share={self.min_lr_share} is not a share between 0 and 1")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step `step` (from 0)."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        return self.lr * (self.min_lr_share + (1 - self.min_lr_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run is made of; a recipe is a YAML file of this shape.
+
+    `encoder` holds options of the model's encoder side (system prompt, `max_pixels`, ...).
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: dict[str, Any] = field(default_factory=dict)
+    memory: MemorySpec = field(default_factory=MemorySpec)
+    budgets: BudgetSampling = field(default_factory=BudgetSampling)
+    gradient: Gradient = field(default_factory=Gradient)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# Settings that may differ between a checkpoint and the run that resumes it.
+MAY_CHANGE = ("config.train.resume", "config.train.log_every", "config.train.save_every", "config.train.keep",
+              "config.data.workers", "config.data.prefetch_windows", "config.data.time_limit_s", "config.data.max_broken",
+              "config.train.output", "config.model.device")  # fmt: skip
+BANDS = 3
+
+
+def train(config: RunConfig) -> Path:
+    """Fine-tune an adapter as `config` says. Returns the folder of the last checkpoint.
+
+    Raises:
+        UserError: anything about the settings, the model or the data that can be known before training, broken media
+            beyond the declared limit, or a loss or gradient that is not finite (the optimizer is not stepped then).
+    """
+    t = config.train
+    accelerator = make_accelerator(t)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    samples = read_samples(config.data)
+    found = find_resume(t)
+
+    torch.manual_seed(t.seed)  # the same adapter on every rank
+    device = str(accelerator.device) if config.model.device == "auto" else config.model.device
+    model = load(replace(config.model, device=device, adapter=None))
+    if config.model.adapter is None:
+        modules = len(add_lora(model, config.lora))
+    else:
+        modules = load_adapter(model, config.model.adapter, trainable=True)["modules"]
+    model.module.train()
+    dataset = StreamDataset(samples, config.data, model.window_s(config.data.fps), model.sampling_rate)
+    broken = BrokenMedia(config.data.max_broken, t.output / f"broken-rank{rank}.jsonl")
+    loader = StreamLoader(dataset, t.seed, world, rank, broken)
+    sampler = BudgetSampler(config.budgets, config.memory.chunk_tokens)
+    weights = [p for p in model.module.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(weights, t.lr, (t.beta1, t.beta2), t.eps, t.weight_decay)
+    stepper: Any = StreamingStep(model, config.loss, partial(disable_adapter, model))
+    stepper, optimizer = accelerator.prepare(stepper, optimizer)
+    run = Run(config, accelerator, model, stepper, optimizer, loader, sampler)
+    seed_rank(t.seed, rank)
+    start = run.restore(found) if found else 0
+    clips = run.encoded(loader.position)
+    meter = Meter(accelerator.device)
+    with RunLog(t.output, rank, total_steps=t.steps, resumed_at=start if found else None) as log:
+        introduce(run, log, modules, sum(p.numel() for p in weights))
+        folder = found
+        for step in range(start, t.steps):
+            draw = sampler.draw(step)
+            spec = config.memory.at(draw.budget, draw.chunk_tokens)
+            waited_s = loader.waited_s
+            batch = [next(clips) for _ in range(t.accumulation)]
+            meter.waited(loader.waited_s - waited_s)
+            targets = run.sum_over_ranks(sum(len(q.targets) for encoded in batch for q in encoded.questions))
+            for group in optimizer.param_groups:
+                group["lr"] = t.lr_at(step)
+            for encoded in batch:
+                with accelerator.accumulate(stepper):
+                    result = stepper(encoded, spec, config.gradient)
+                    # accelerate divides by the accumulation, the engine averages over ranks; undo both, then divide
+                    # by the answer tokens of the whole step
+                    accelerator.backward(result.loss * (world * t.accumulation / targets))
+                    note_result(meter, result, config, draw)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(weights, t.max_grad_norm)
+                        check_finite(step, result.loss, norm, draw)
+                        meter.mean("grad_norm", norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            done = step + 1
+            if done % t.log_every == 0 or done == t.steps:
+                row = {"budget": draw.budget or 0, "chunk_tokens": draw.chunk_tokens, "lr": t.lr_at(step)}
+                log.log(done, meter.read(run.sum_over_ranks_exact) | row)
+            if done == t.steps or (t.save_every and done % t.save_every == 0):
+                with meter.paused():
+                    folder = run.save(done)
+    accelerator.end_training()
+    assert folder is not None
+    return folder
+
+
+@dataclass
+class Run:
+    """What a run consists of, and how it is saved and restored."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    model: StreamingModel
+    stepper: Any
+    optimizer: Any
+    loader: StreamLoader
+    sampler: BudgetSampler
+
+    def encoded(self, start: int) -> Iterator[EncodedStream]:
+        """Encoded clips from number `start` on. A broken file within the declared limit is passed over; it is counted
+        and listed by the loader."""
+        for clip in self.loader.clips(start):
+            turns = [TimedTurn(self.model.render(turn), turn.time_s) for turn in clip.sample.turns]
+            try:
+                encoder = self.model.open(
+                    clip.info, self.config.data.fps, prefix=clip.sample.prefix, **self.config.encoder
+                )
+                yield encode_stream(encoder, clip, turns, self.model.device)
+            except SkippedMedia as error:
+                print(f"skipped: {error}", flush=True)
+
+    def sum_over_ranks(self, n: int) -> int:
+        """A whole number, summed."""
+        return int(self.sum_over_ranks_exact(torch.tensor(n, device=self.accelerator.device)))
+
+    def sum_over_ranks_exact(self, values: Tensor) -> Tensor:
+        """A tensor, summed elementwise."""
+        summed = self.accelerator.reduce(values.clone(), "sum")
+        assert isinstance(summed, Tensor)
+        return summed
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint is held against when a run is resumed."""
+        return {"config": to_plain(self.config), "memory_fingerprint": self.config.memory.fingerprint()}
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint after `step` steps."""
+        sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        about = {"budgets": self.sampler.state_dict(), "versions": versions(), "model": self.config.model.path}
+        return save_checkpoint(
+            self.config.train.output / "checkpoints",
+            step,
+            tensors={"adapter": dict(lora_parameters(self.model))},
+            objects={} if sharded else {"optimizer": self.optimizer.state_dict()},
+            rank_objects={"rng": rng_state(), "position": self.loader.position},
+            meta=self.settings() | about,
+            keep=self.config.train.keep,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            barrier=self.accelerator.wait_for_everyone,
+            write=self._save_engine if sharded else None,
+        )
+
+    def _save_engine(self, folder: Path) -> None:
+        self.stepper.save_checkpoint(str(folder / "deepspeed"), tag="engine", exclude_frozen_parameters=True)
+
+    def restore(self, path: Path) -> int:
+        """Go on from the checkpoint at `path`; the step it stands at."""
+        check_same_run(path, self.settings(), MAY_CHANGE)
+        held = load_checkpoint(path, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes)
+        self.sampler.load_state_dict(held.meta["budgets"])
+        with torch.no_grad():
+            for name, parameter in lora_parameters(self.model):
+                parameter.copy_(held.tensors["adapter"][name])
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.stepper.load_checkpoint(str(path / "deepspeed"), tag="engine", load_module_strict=False)
+        else:
+            self.optimizer.load_state_dict(held.objects["optimizer"])
+        set_rng_state(held.rank_objects["rng"])
+        self.loader.position = held.rank_objects["position"]
+        return held.step
+
+
+# Set-up --------------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(t: TrainConfig) -> Accelerator:
+    """The launcher's environment decides on processes and engine; `train.deepspeed` names an engine configuration.
+
+    Raises:
+        UserError: an engine configuration that is absent or asks for what is not supported.
+    """
+    plugin = None
+    if t.deepspeed is not None:
+        if not t.deepspeed.is_file():
+            raise UserError(f"there is no DeepSpeed configuration {t.deepspeed}", remedy="correct train.deepspeed")
+        plugin = DeepSpeedPlugin(hf_ds_config=str(t.deepspeed))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=t.accumulation, deepspeed_plugin=plugin, step_scheduler_with_optimizer=False
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.state.deepspeed_plugin
+        if engine.zero_stage > 2:
+            raise UserError(
+                f"DeepSpeed ZeRO stage {engine.zero_stage} is not supported yet",
+                cause="streams of unequal length run unequal numbers of chunks, and stage 3 hangs on that",
+                remedy="use stage 2: adapters are small, and the base model is not sharded by it",
+            )
+        # nothing here is a DataLoader from which the engine could read these
+        engine.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": t.accumulation,
+            "gradient_clipping": t.max_grad_norm,
+        }
+    return accelerator
+
+
+def read_samples(data: DataConfig) -> list[Any]:
+    """The samples of the manifest.
+
+    Raises:
+        UserError: none is named.
+    """
+    if data.manifest is None:
+        raise UserError("no training data", remedy="name a manifest: data.manifest=PATH")
+    return load_manifest(data.manifest, data.media_root)
+
+
+def find_resume(t: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, or None for a new run."""
+    if t.resume == "never":
+        return None
+    if t.resume == "auto":
+        return find_checkpoint(t.output / "checkpoints") if checkpoints(t.output / "checkpoints") else None
+    return find_checkpoint(t.resume)
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Different random numbers (dropout) on every rank."""
+    random.seed(seed * 1009 + rank)
+    np.random.seed((seed * 1009 + rank) % 2**32)
+    torch.manual_seed(seed * 1009 + rank)
+
+
+def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:
+    """Save the resolved configuration, and say what follows from it; check that there is something to learn.
+
+    Raises:
+        UserError: the first sample has no supervised token.
+    """
+    config, world = run.config, run.accelerator.num_processes
+    if log.active:
+        save_resolved(config, config.train.output / "config.yaml")
+    samples = len(run.loader.dataset)
+    step_clips = world * config.train.accumulation
+    log.derived("adapted modules", modules, "adapter targets x decoder layers, counted in the model")
+    log.derived("trained weights", weights, f"of {sum(p.numel() for p in run.model.module.parameters()):,}")
+    log.derived("clips a step", step_clips, f"{world} processes x {config.train.accumulation} accumulated")
+    log.derived(
+        "epochs",
+        config.train.steps * step_clips / samples,
+        f"{config.train.steps} steps x {step_clips} clips / {samples} samples",
+    )
+    turn = run.loader.dataset[0].turns[0]
+    rendered = run.model.render(turn)
+    learned = rendered.ids[rendered.labels != -100]
+    if not len(learned):
+        raise UserError("the first sample has no supervised token", remedy="check that its turns have answers")
+    log.note(
+        f"first sample: asked {turn.question!r}, learns {run.model.tokenizer.decode(learned)!r} ({len(learned)} tokens)"
+    )
+
+
+# Inside the loop -----------------------------------------------------------------------------------------------------
+
+
+def note_result(meter: Meter, result: StepResult, config: RunConfig, draw: Draw) -> None:
+    """Add one stream's numbers to the meter."""
+    loss = result.answer_loss / result.targets
+    meter.mean("loss", loss, result.targets)
+    meter.mean(f"loss_by_budget/{config.budgets.band_of(draw.budget, BANDS)}", loss, result.targets)
+    if config.loss.distill > 0:
+        meter.mean("distill_loss", result.distill_loss / result.targets, result.targets)
+    meter.count("tokens", result.stream_tokens)
+    for name, kept in result.kept.items():
+        if seen := result.seen[name]:
+            meter.mean(f"kept_share/{name}", kept / seen)
+
+
+def check_finite(step: int, loss: Tensor, norm: Tensor | float | None, draw: Draw) -> None:
+    """Stop before the optimizer takes a step that would ruin the adapter.
+
+    Raises:
+        UserError: the loss or the norm of the gradient is not finite.
+    """
+    norm = torch.as_tensor(0.0 if norm is None else norm)
+    if not bool(torch.isfinite(loss.detach()).all() & torch.isfinite(norm).all()):
+        raise UserError(
+            f"step {step}: loss {float(loss):g}, gradient norm {float(norm):g} (budget {draw.budget})",
+            cause="the update would spoil the adapter; it was not made",
+            remedy="resume from the last checkpoint with a lower train.lr, or look at the samples of this step",
+        )
