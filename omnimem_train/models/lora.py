@@ -75,7 +75,7 @@ def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
     modules = matched(model, settings.targets)
     config = LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=target_pattern(model, settings.targets),
         base_model_name_or_path=str(model.module.config.name_or_path) or None,  # type: ignore[union-attr]

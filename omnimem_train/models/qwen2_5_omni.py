@@ -1,8 +1,8 @@
 """Qwen2.5-Omni (arXiv 2503.20215) behind the interface: the stock thinker, driven layer by layer.
 
 Only the thinker is loaded, from a thinker checkpoint or out of a full Omni checkpoint. Its parts sit at different names
-in different versions of transformers (`model.language_model` and `model.visual` since 5.18 or so, `model` and `visual`
-before); `Parts` finds them by what is there.
+in different versions of transformers (5.23: `model.language_model`, `model.visual`; 5.10 to 5.17: `model`, `visual`);
+`Parts` finds them by what is there.
 """
 
 from __future__ import annotations
@@ -230,8 +230,8 @@ class Qwen2_5OmniStreaming(StreamingModel):
         return OmniEncoder(self, info, fps, **options)
 
     def prepass(self, sound: Iterable[np.ndarray]) -> dict[str, Any]:
-        """{"mel_floor": ...} for `open`: the loudest log10 mel value of the whole sound track, for features equal to the
-        stock ones. Live streams do without.
+        """{"mel_floor": ...} for `open`: the loudest log10 mel value of the whole sound track. With it features equal
+        the stock ones; live streams do without.
 
         Args:
             sound: the track in blocks of (m,) float32 samples at `sampling_rate`.
