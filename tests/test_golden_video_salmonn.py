@@ -19,6 +19,9 @@ from salmonn_golden import EMBEDS, LOGITS, NEW, OLD, Case, Golden, find, largest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omnimem_train.memory.omnimem import RELEASED
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.interface import Tap, TokenBlock
 from omnimem_train.models.salmonn import (
     Sampling,
     VideoSalmonn2ForConditionalGeneration,
@@ -27,9 +30,11 @@ from omnimem_train.models.salmonn import (
     positions,
 )
 from omnimem_train.models.salmonn import model as model_module
+from omnimem_train.models.salmonn.decoder import VideoSalmonn2Decoder
 from omnimem_train.models.salmonn.layout import audio_groups, timestamped
 from omnimem_train.models.salmonn.positions import Marks, VideoGrid
 from omnimem_train.models.salmonn.processor import picture_rules
+from omnimem_train.streaming import Stream
 
 FOUND = {name: golden for name in (OLD, NEW) if (golden := find(name))}
 CASES = [pytest.param(g, c, id=f"{name}-{k}") for name, g in FOUND.items() for k, c in g.cases.items()]
@@ -359,6 +364,136 @@ def assert_contains(ours: Any, published: Any, where: str) -> None:
             assert_contains(ours[key], value, f"{where}.{key}")
         else:
             assert ours[key] == value, f"{where}.{key}"
+
+
+# --- streaming with the released rule
+
+
+def released_spec(settings: dict[str, Any], n_layers: int) -> MemorySpec:
+    """A recorded variant as a spec."""
+    budget, unlimited = settings["budget"], settings["budget"] == "unlimited"
+    importance = {"exact": "exact_mean"}.get(settings["importance"], "approximate")
+    options = RELEASED | {"lam": settings["lam"], "importance": importance}
+    if settings["search"].startswith("sum"):
+        options["formula"] = "sum"
+    table = tuple(budget) if isinstance(budget, list) else ()
+    size = None if unlimited or table else settings["working_memory_size"]
+    return MemorySpec(
+        selector="omnimem",
+        selector_options=options,
+        budget=size,
+        layer_table=table,
+        chunk_tokens=settings["group"],
+    )
+
+
+def stream_variants() -> list[Any]:
+    if NEW not in FOUND:
+        return []
+    return [pytest.param(name, s, id=name) for name, s in FOUND[NEW].json("stream_settings.json").items()]
+
+
+@pytest.fixture(scope="module")
+def recorded_streams() -> dict[str, Tensor]:
+    return load_file(FOUND[NEW].folder / "stream.safetensors")
+
+
+@pytest.fixture(scope="module")
+def decoder() -> VideoSalmonn2Decoder:
+    """With a model of its own: its attention is switched over."""
+    return VideoSalmonn2Decoder(FOUND[NEW].load().requires_grad_(False))
+
+
+@pytest.mark.parametrize(("name", "settings"), stream_variants())
+def test_streaming_with_the_released_rule(
+    name: str, settings: dict[str, Any], decoder: VideoSalmonn2Decoder, recorded_streams: dict[str, Tensor]
+) -> None:
+    golden = FOUND[NEW]
+    t = {k.removeprefix(f"{name}."): v for k, v in recorded_streams.items() if k.startswith(f"{name}.")}
+    case = golden.cases[settings["case"]]
+    block = decoder.prompt_block(case.inputs)
+    # The streamed part ends one token after the last vision-end mark.
+    cut = int((case.ids[0] == golden.config.vision_end_token_id).nonzero().max()) + 2
+    assert block.n - cut == settings["question_tokens"]
+    stream = Stream(decoder, released_spec(settings, decoder.n_layers))
+    state, chunks = stream.start(), range(0, cut, settings["group"])
+    assert len(chunks) == settings["chunks"]
+    for number, begin in enumerate(chunks):
+        state = stream.flush(stream.feed(state, block[begin : min(begin + settings["group"], cut)]))
+        for layer, memory in enumerate(state.layers):
+            kept = t[f"chunk{number}.layer{layer}.kept"].long()
+            assert torch.equal(memory.index[0, 0], kept), (number, layer)
+            if f"chunk{number}.layer{layer}.importance_mixed" in t:
+                local = t[f"chunk{number}.layer{layer}.kept_local"].long()
+                mixed = t[f"chunk{number}.layer{layer}.importance_mixed"][local]
+                assert largest(memory.evidence[0, 0], mixed) < LOGITS
+    for layer, memory in enumerate(state.layers):
+        if f"memory.layer{layer}.hidden" in t:
+            assert largest(memory.hidden[0], t[f"memory.layer{layer}.hidden"]) < LOGITS
+    layers, hidden = stream._extend(state.layers, block[cut:], state.offset)
+    assert largest(decoder.logits(hidden), t["question_logits"]) < LOGITS
+    for layer, memory in enumerate(layers):
+        if f"cache.{layer}.key" in t:
+            assert largest(memory.keys, t[f"cache.{layer}.key"]) < LOGITS
+            assert largest(memory.values, t[f"cache.{layer}.value"]) < LOGITS
+    assert_greedy(decoder, stream, layers, hidden, state.offset, t)
+
+
+def assert_greedy(
+    decoder: VideoSalmonn2Decoder, stream: Stream, layers: Any, hidden: Tensor, offset: Tensor, t: dict[str, Tensor]
+) -> None:
+    """Decoding after the question, at the positions of the uncompressed stream."""
+    tokens = t["gen.new_tokens"]
+    embed = decoder.module.get_input_embeddings()
+    token = decoder.logits(hidden[:, -1:]).argmax(-1)
+    for step in range(tokens.shape[1]):
+        assert token.item() == tokens[0, step]
+        if step == tokens.shape[1] - 1:
+            break
+        index = t["gen.step_position_ids"][:, :, step : step + 1].permute(1, 2, 0)
+        n_deepstack = len(decoder.module.config.vision_config.deepstack_visual_indexes)
+        none = torch.zeros(1, 1, n_deepstack, decoder.hidden_size)
+        new = TokenBlock(
+            embed(token), index, torch.zeros(1, 1, dtype=torch.int8), torch.zeros(1, 1), {"deepstack": none}
+        )
+        layers, hidden = stream._extend(layers, new, offset)
+        logits = decoder.logits(hidden)
+        assert largest(logits[:, 0], t["gen.step_logits"][:, step]) < LOGITS
+        token = logits.argmax(-1)
+
+
+@needs_new
+def test_published_budget_tables_load_as_layer_tables() -> None:
+    tables = FOUND[NEW].json("published_budgets.json")
+    assert tables
+    for table in tables.values():
+        spec = MemorySpec(selector="omnimem", layer_table=tuple(table))
+        budgets = spec.layer_budgets(len(table), 8, 128, 2)
+        for budget, entry in zip(budgets, table, strict=True):
+            assert budget is not None
+            assert budget.total == (entry if isinstance(entry, int) else sum(entry))
+            assert (budget.audio, budget.visual) == ((None, None) if isinstance(entry, int) else tuple(entry))
+
+
+@each_case
+def test_layer_by_layer_equals_the_recorded_logits(golden: Golden, case: Case) -> None:
+    run = VideoSalmonn2Decoder(golden.load().requires_grad_(False))
+    block = run.prompt_block(case.inputs)
+    hidden, rope = block.embeds, run.rope(block.positions)
+    for layer in range(run.n_layers):
+        tap = Tap()
+        hidden = run.run_layer(layer, hidden, rope, tap, block.extras)
+        if f"out.cache.{layer}.key" in case.tensors:
+            assert largest(tap.keys, case.tensors[f"out.cache.{layer}.key"]) < LOGITS
+    assert logits_differ(run.logits(hidden), case) < LOGITS
+
+
+@each_set
+def test_rotary_turns_keys_as_the_decoder_does(golden: Golden) -> None:
+    run = VideoSalmonn2Decoder(golden.load())
+    index = torch.randint(0, 900, (1, 7, 3), generator=torch.Generator().manual_seed(0))
+    angles = run.rotary().angles(index)
+    assert largest(torch.cat([angles, angles], -1).cos(), run.rope(index)[0]) < 1e-5
 
 
 # --- the tests, tested: each deliberate mistake must show in the logits

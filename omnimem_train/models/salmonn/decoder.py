@@ -1,0 +1,63 @@
+"""video-SALMONN 2+ for the stream loop: the decoder side, and a prompt's tokens as one block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
+from omnimem_train.models.decoder import DEEPSTACK, StockDecoder
+from omnimem_train.models.interface import TokenBlock
+from omnimem_train.models.salmonn.model import VideoSalmonn2ForConditionalGeneration
+
+
+class VideoSalmonn2Decoder(StockDecoder):
+    """The decoder of a `VideoSalmonn2ForConditionalGeneration`, layer by layer.
+
+    Args:
+        module: the model; its decoder's attention is switched to this package's.
+        attention: "sdpa" or "eager".
+    """
+
+    def __init__(self, module: VideoSalmonn2ForConditionalGeneration, attention: str = "sdpa") -> None:
+        super().__init__(module, module.model.language_model, module.lm_head, attention)
+        self._model = module
+
+    def prompt_block(self, inputs: Mapping[str, Any], position_scheme: str | None = None) -> TokenBlock:
+        """A whole prompt as tokens for the layers: what `forward` would run, media encoded in one go.
+
+        Args:
+            inputs: one sample of the processor: `input_ids` (1, n) and its media.
+            position_scheme: None for the configuration's.
+
+        Returns:
+            A block of n tokens, times unknown (0). With deepstack features as extras if the backbone has them.
+        """
+        model, config, ids = self._model.model, self._model.config, inputs["input_ids"]
+        visual, audio = ids == config.video_token_id, ids == config.audio_token_id
+        seconds = inputs.get("second_per_grid_ts")
+        index, _ = self._model.get_rope_index(
+            ids, inputs.get("video_grid_thw"), seconds, position_scheme=position_scheme
+        )
+        embeds, extras = model.get_input_embeddings()(ids), {}
+        if inputs.get("pixel_values_videos") is not None:
+            rows = model.encode_video(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+            embeds = embeds.masked_scatter(visual[..., None], rows.rows.to(embeds.dtype))
+            if rows.deepstack:
+                extras[DEEPSTACK] = self.deepstack(visual, rows.deepstack)
+        if inputs.get("audio_feature") is not None:
+            sounds = model.encode_audio(inputs["audio_feature"])
+            embeds = embeds.masked_scatter(audio[..., None], sounds.to(embeds.dtype))
+        modality = torch.full(ids.shape, TEXT, dtype=torch.int8, device=ids.device)
+        modality = modality.masked_fill(visual, VISUAL).masked_fill(audio, AUDIO)
+        time_s = torch.zeros(ids.shape, device=ids.device)
+        return TokenBlock(embeds, index.permute(1, 2, 0), modality, time_s, extras)
+
+    def deepstack(self, visual: Tensor, features: tuple[Tensor, ...]) -> Tensor:
+        """Features (tokens, E) of each layer spread over a sequence: (B, n, layers, E), 0 where `visual` is False."""
+        stacked = torch.stack(features, dim=1)
+        out = torch.zeros(*visual.shape, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+        return out.masked_scatter(visual[..., None, None], stacked)
