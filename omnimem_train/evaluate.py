@@ -269,9 +269,7 @@ def letter_tokens(model: StreamingModel, n: int) -> list[int]:
     return [i[0] for i in ids]
 
 
-def _timed_blocks(
-    encoder: MediaEncoder, windows: Iterable[MediaWindow]
-) -> Iterator[tuple[float, TokenBlock | None]]:
+def _timed_blocks(encoder: MediaEncoder, windows: Iterable[MediaWindow]) -> Iterator[tuple[float, TokenBlock | None]]:
     """(end of its window in seconds, block); the tokens that waited for the end come with the last window."""
     yield 0.0, encoder.start()
     for window in windows:

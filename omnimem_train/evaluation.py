@@ -70,7 +70,7 @@ class EvalConfig:
         selectors: names, or mappings of memory fields with a "name" for the table, e.g.
             {name: snapkv-split, selector: snapkv, allocation: split, allocation_options: {audio_share: 0.25}}.
         budgets: tokens a layer (or sizes such as "64MiB"), and "full" for no compression.
-        base, adapter: measure without and (if there is one) with the adapter.
+        with_base, with_adapter: measure without and (if there is one) with the adapter.
         method, max_new_tokens: how an answer is read (see `omnimem_train.evaluate.Evaluator`).
         output: folder of the run. Answers already there are not measured again.
         retry_failed: measure failed items again.
@@ -82,8 +82,8 @@ class EvalConfig:
     memory: MemorySpec = field(default_factory=MemorySpec)
     selectors: tuple[Any, ...] = ("perturbation",)
     budgets: tuple[int | str, ...] = (FULL,)
-    base: bool = True
-    adapter: bool = True
+    with_base: bool = True
+    with_adapter: bool = True
     method: str = "letters"
     max_new_tokens: int = 16
     output: Path = Path("runs/eval")
@@ -92,9 +92,10 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.selectors or not self.budgets:
             raise UserError("nothing to evaluate", remedy="name at least one selector and one budget")
-        if not (self.base or (self.adapter and self.model.adapter)):
+        if not (self.with_base or (self.with_adapter and self.model.adapter)):
             raise UserError(
-                "nothing to evaluate: base is off and there is no adapter", remedy="set base=true or model.adapter"
+                "nothing to evaluate: with_base is off and there is no adapter",
+                remedy="set with_base=true or model.adapter",
             )
         self.settings()
 
@@ -108,7 +109,11 @@ class EvalConfig:
                     specs[FULL] = self.memory.replace(selector="full", selector_options={}, budget=None, layer_table=())
                 else:
                     specs[f"{name}@{budget}"] = self.memory.replace(**fields, budget=budget, layer_table=())
-        both = [flag for flag, wanted in ((False, self.base), (True, self.adapter and self.model.adapter)) if wanted]
+        both = [
+            flag
+            for flag, wanted in ((False, self.with_base), (True, self.with_adapter and self.model.adapter))
+            if wanted
+        ]
         return [Setting(f"{name}{'+adapter' if a else ''}", spec, a) for a in both for name, spec in specs.items()]
 
 
@@ -132,9 +137,7 @@ def clips_of(items: list[ChoiceItem], model: StreamingModel, config: EvalConfig)
         groups.setdefault((item.media, item.audio, item.use_audio), []).append(item)
     clips = []
     for (media, audio, use_audio), members in groups.items():
-        questions = tuple(
-            ChoiceQuestion(i.id, i.prompt, len(i.options), i.answer, i.time_s, i.meta) for i in members
-        )
+        questions = tuple(ChoiceQuestion(i.id, i.prompt, len(i.options), i.answer, i.time_s, i.meta) for i in members)
         opened = partial(open_file, model, config.data, config.encoder, media, audio, use_audio)
         clips.append(Clip(str(members[0].meta.get("cluster") or (media or audio)), questions, opened))
     return clips[: config.data.limit or None]
@@ -169,7 +172,9 @@ def open_file(
     )
     extra: dict[str, Any] = {}
     if data.exact_mel and windows.info.has_audio:
-        sound = read_audio_blocks(audio or path, model.sampling_rate, reader=data.reader, time_limit_s=data.time_limit_s)
+        sound = read_audio_blocks(
+            audio or path, model.sampling_rate, reader=data.reader, time_limit_s=data.time_limit_s
+        )
         extra = model.prepass(sound)
     return model.open(windows.info, data.fps, **options, **extra), windows
 
@@ -200,9 +205,7 @@ def evaluate(
         about = {s.key(): describe(s) for s in settings}
         (config.output / "settings.json").write_text(json.dumps(about, indent=2) + "\n")
     barrier()
-    run(
-        evaluator, clips, config.output, rank=rank, world=world, retry_failed=config.retry_failed, progress=progress
-    )
+    run(evaluator, clips, config.output, rank=rank, world=world, retry_failed=config.retry_failed, progress=progress)
     barrier()
     wanted = {(q.id, s.key()) for clip in clips for q in clip.questions for s in settings}
     results = [r for r in collect(config.output) if (r.question, r.key) in wanted]

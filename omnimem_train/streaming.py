@@ -173,9 +173,7 @@ class Stream:
             return run(state.layers)
 
     @torch.no_grad()
-    def generate(
-        self, state: StreamState, encoder: MediaEncoder, ids: Tensor, max_new_tokens: int = 64
-    ) -> list[int]:
+    def generate(self, state: StreamState, encoder: MediaEncoder, ids: Tensor, max_new_tokens: int = 64) -> list[int]:
         """Greedy answer to the question `ids` (n,) of one stream; ends before an end-of-sequence token. `state` is left
         as it was; bring it up to date with `caught_up` first."""
         layers, answer = state.layers, list[int]()

@@ -125,7 +125,10 @@ def test_a_question_in_the_middle_sees_only_what_came_before(nano_session: Strea
     answers = []
     for seed, n_windows in ((0, 3), (1, 3), (0, 1)):
         windows = media_windows("interleaved", 6.0, seed=0)[:1] + media_windows("interleaved", 6.0, seed=seed)[1:]
-        encoder, stream = nano_session.open(media_info("interleaved", 6.0), 2.0, mel_floor=0.5), Stream(nano_session, FULL)
+        encoder, stream = (
+            nano_session.open(media_info("interleaved", 6.0), 2.0, mel_floor=0.5),
+            Stream(nano_session, FULL),
+        )
         state = stream.feed(stream.start(), encoder.start())
         for i, window in enumerate(windows[:n_windows]):
             if (block := encoder.push(window)) is not None:
@@ -181,7 +184,9 @@ def test_a_session_of_another_spec_or_model_is_refused(
     with pytest.raises(UserError, match="was written with memory spec"):
         StreamSession.load(path, nano_session, SPEC.replace(budget=41))
     with torch.no_grad():
-        next(p for n, p in nano.module.named_parameters() if "v_proj.weight" in n and nano.language_prefix() in n).add_(1)
+        next(p for n, p in nano.module.named_parameters() if "v_proj.weight" in n and nano.language_prefix() in n).add_(
+            1
+        )
     with pytest.raises(UserError, match="was written with model"):
         StreamSession.load(path, nano)
     with pytest.raises(UserError, match="cannot read the session"):
