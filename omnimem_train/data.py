@@ -263,7 +263,12 @@ class LoadedClip:
 
     def _drain(self) -> Iterator[MediaInfo | MediaWindow]:
         while True:
-            found = self._queue.get()
+            try:
+                found = self._queue.get(timeout=0.5)
+            except queue.Empty:
+                if self._stop.is_set():
+                    raise RuntimeError("this clip was closed: the loader has gone on to the next one") from None
+                continue
             if isinstance(found, Exception):
                 raise found
             yield found

@@ -103,7 +103,8 @@ class _EntryReader:
             self.problems.add(where, f"use_audio is {use_audio!r}", "write true or false")
         if use_audio is False and "video" not in record.values:
             self.problems.add(where, "use_audio is false and there is no video", "nothing would be left to perceive")
-        prefix, turns = self._turns(where, values, has_video="video" in record.values)
+        sound_alone = "video" not in record.values and "audio" in record.values
+        prefix, turns = self._turns(where, values, sound_alone)
         if len(self.problems.found) > before:
             return None
         return Sample(id, media, audio, use_audio, tuple(turns), prefix, values)
@@ -121,7 +122,7 @@ class _EntryReader:
             self.problems.add(where, f"there is no file {file}", f"correct {key!r} or the media root")
         return file
 
-    def _turns(self, where: str, values: dict[str, Any], has_video: bool) -> tuple[str, list[Turn]]:
+    def _turns(self, where: str, values: dict[str, Any], sound_alone: bool) -> tuple[str, list[Turn]]:
         """Prefix and turns of an entry, from "conversations" and "turns"."""
         said, asked, duration_s = values.pop("conversations", None), values.pop("turns", None), values.get("duration_s")
         if said is None and asked is None:
@@ -130,7 +131,7 @@ class _EntryReader:
         if said is not None:
             pairs = self._pairs(where, said)
             if pairs:
-                prefix, question = self._without_mark(where, pairs[0][0], has_video)
+                prefix, question = self._without_mark(where, pairs[0][0], sound_alone)
                 pairs[0] = (question, pairs[0][1])
                 turns.append(Turn(pairs[-1][0], pairs[-1][1], None, tuple(pairs[:-1])))
         if asked is not None:
@@ -155,6 +156,7 @@ class _EntryReader:
                 self.problems.add(here, f"unknown role {message['from']!r}", "roles are human and gpt")
             elif message["from"] != role:
                 self.problems.add(here, f"{message['from']} speaks where {role} should", "human and gpt take turns")
+                break  # all that follow are out of turn too
             else:
                 self._text(here, "value", message["value"])
                 if n > 1 and role == "human" and MARK.search(str(message["value"])):
@@ -163,7 +165,7 @@ class _EntryReader:
             return []
         return [(said[i]["value"].strip(), said[i + 1]["value"].strip()) for i in range(0, len(said), 2)]
 
-    def _without_mark(self, where: str, text: str, has_video: bool) -> tuple[str, str]:
+    def _without_mark(self, where: str, text: str, sound_alone: bool) -> tuple[str, str]:
         """Text before the media mark, and the question after it."""
         kinds = [("video" if kind == "image" else kind) for kind in MARK.findall(text)]
         remedy = "write <video> (or <audio> for sound alone) once, before the first question"
@@ -171,7 +173,7 @@ class _EntryReader:
             self.problems.add(where, "the first message has no media mark", remedy)
         elif len(set(kinds)) < len(kinds):
             self.problems.add(where, f"the mark <{kinds[0]}> occurs twice", "one clip an entry")
-        elif "video" in kinds and not has_video:
+        elif "video" in kinds and sound_alone:
             self.problems.add(where, "a <video> mark without a video", remedy)
         prefix, *rest = MARK.sub("\0", text).split("\0")
         question = " ".join(part for part in rest if part)
