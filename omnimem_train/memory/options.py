@@ -21,37 +21,32 @@ def build(kind: str, table: Mapping[str, type[T]], name: str, options: Mapping[s
 
     Args:
         kind: what is being built ("selector"), for the message.
-        table: frozen dataclasses by name; the types of their defaults are the types of the options.
+        table: frozen dataclasses by name. Options annotated as bool, int, float or str are checked; a whole number
+            serves as a float.
     """
     if not isinstance(name, str) or name not in table:
         raise UserError(
             f"unknown {kind} {name!r}{nearest(str(name), table)}", remedy=f"choose one of: {', '.join(table)}"
         )
     cls = table[name]
-    defaults = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    checked = {}
     for key, value in options.items():
-        if key not in defaults:
+        if key not in known:
             raise UserError(
-                f"{kind} {name!r} has no option {key!r}{nearest(key, defaults)}",
-                remedy=f"its options are: {', '.join(defaults) or '(none)'}",
+                f"{kind} {name!r} has no option {key!r}{nearest(str(key), known)}",
+                remedy=f"its options are: {', '.join(known) or '(none)'}",
             )
-        if not _fits(value, defaults[key]):
-            raise UserError(
-                f"option {key}={value!r} of {kind} {name!r} is not of type {type(defaults[key]).__name__}",
-                remedy=f"write e.g. {key}={defaults[key]!r}, the default",
-            )
-    missing = [key for key, default in defaults.items() if default is MISSING and key not in options]
+        annotation = known[key].type
+        wanted = annotation if isinstance(annotation, str) else annotation.__name__
+        checked[key] = float(value) if wanted == "float" and type(value) is int else value
+        if wanted in ("bool", "int", "float", "str") and type(checked[key]).__name__ != wanted:
+            raise UserError(f"option {key}={value!r} of {kind} {name!r} is not of type {wanted}")
+    needed = [key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    missing = [key for key in needed if key not in options]
     if missing:
         raise UserError(f"{kind} {name!r} needs the option {missing[0]!r}", remedy=f"give {', '.join(missing)}")
-    return cls(**{k: float(v) if isinstance(defaults[k], float) else v for k, v in options.items()})
-
-
-def _fits(value: Any, default: Any) -> bool:
-    if default is MISSING:
-        return True
-    if isinstance(value, bool) or isinstance(default, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    return isinstance(value, int | float if isinstance(default, float) else type(default))
+    return cls(**checked)
 
 
 def one_of(option: str, value: str, choices: Collection[str]) -> None:

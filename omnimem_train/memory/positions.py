@@ -39,9 +39,18 @@ class Rotary:
     def turn(self, keys: Tensor, by: Tensor) -> Tensor:
         """Keys (..., D) turned by the angle of `by` (..., 3), computed in at least float32. Differentiable."""
         angle = self.angles(by)
-        cos, sin = angle.cos(), angle.sin()
-        first, second = keys.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(keys.dtype)
+        return _rotated(keys, angle.cos(), angle.sin())
+
+    def move(self, keys: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """Keys (..., D) that are rotated to positions `old` (..., 3), rotated to `new` instead. Differentiable.
+
+        In float32 an angle far into a stream is itself rounded (by 0.003 at 90,000), for the stored key and for a key
+        computed at `new` alike. So the two rounded angles are combined, rather than rounding their difference anew: the
+        result is the key that the model would compute at `new`, however far the move.
+        """
+        old_angle, new_angle = self.angles(old), self.angles(new)
+        old_cos, old_sin, new_cos, new_sin = old_angle.cos(), old_angle.sin(), new_angle.cos(), new_angle.sin()
+        return _rotated(keys, new_cos * old_cos + new_sin * old_sin, new_sin * old_cos - new_cos * old_sin)
 
 
 def compact(memory: LayerMemory, rotary: Rotary, max_gap: int = 1) -> LayerMemory:
@@ -52,7 +61,7 @@ def compact(memory: LayerMemory, rotary: Rotary, max_gap: int = 1) -> LayerMemor
     frame); for text and sound all three axes move together, as the models number them.
 
     StreamingLLM (arXiv 2309.17453) renumbers kept tokens 0, 1, 2, ... in the cache; this is the same idea for three
-    axes, with `max_gap` = 1, without renumbering within a frame.
+    axes, with `max_gap` = 1, without renumbering within a frame. A key is rounded to its precision each time it moves.
 
     Returns:
         The memory with `positions` and `keys` updated; unchanged where there was no larger step.
@@ -64,8 +73,9 @@ def compact(memory: LayerMemory, rotary: Rotary, max_gap: int = 1) -> LayerMemor
     new_time = torch.empty_like(moved).scatter_(-1, order, moved)
     shift = new_time - old[..., 0]
     flat = memory.modality != VISUAL
-    by = torch.stack([shift, shift * flat, shift * flat], dim=-1)
-    return replace(memory, keys=rotary.turn(memory.keys, by), positions=old + by)
+    new = old + torch.stack([shift, shift * flat, shift * flat], dim=-1)
+    moved_keys = torch.where((shift == 0).unsqueeze(-1), memory.keys, rotary.move(memory.keys, old, new))
+    return replace(memory, keys=moved_keys, positions=new)
 
 
 def end(memory: LayerMemory) -> Tensor:
@@ -73,3 +83,8 @@ def end(memory: LayerMemory) -> Tensor:
     if memory.n_tokens == 0:
         return torch.zeros(memory.keys.shape[0], dtype=torch.int64, device=memory.keys.device)
     return memory.positions[..., 0].amax(dim=(1, 2)) + 1
+
+
+def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = keys.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(keys.dtype)

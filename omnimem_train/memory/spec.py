@@ -103,7 +103,7 @@ class MemorySpec:
             raise UserError(f"memory count_text={self.count_text!r} must be true or false")
         if self.positions not in ("absolute", "compact"):
             raise UserError(
-                f"unknown positions {self.positions!r}{nearest(self.positions, ['absolute', 'compact'])}",
+                f"unknown positions {self.positions!r}{nearest(str(self.positions), ['absolute', 'compact'])}",
                 remedy="choose 'absolute' or 'compact'",
             )
         for entry in self.layer_table:
