@@ -34,9 +34,17 @@ from omnimem_train.models.salmonn.layout import audio_groups
 from omnimem_train.models.salmonn.positions import Marks, VideoGrid, positions, ticks
 
 BACKBONES = ("qwen2_5_vl", "qwen3_vl")
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>")
+SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "<|audio_pad|>",
+    "<|endoftext|>",
+)
 IDS = {name: 256 + i for i, name in enumerate(SPECIAL)}
-ROLES = {"system": 262, "user": 263, "assistant": 264}
+ROLES = {"system": 263, "user": 264, "assistant": 265}
 MARKS = Marks(IDS["<|video_pad|>"], IDS["<|audio_pad|>"], IDS["<|vision_start|>"], IDS["<|vision_end|>"])
 TOKENIZER = ByteTokenizer({"special_ids": IDS, "role_ids_right_after_im_start": ROLES})
 
@@ -254,6 +262,12 @@ def test_missing_and_surplus_keys_are_listed(copy: Path) -> None:
         assert text in str(error.value)
 
 
+def test_missing_output_matrix_is_an_error_unless_it_is_tied(copy: Path) -> None:
+    edit_weights(copy, lambda state: state.pop("lm_head.weight"))
+    with pytest.raises(UserError, match=r"1 missing: lm_head\.weight"):
+        load(copy)
+
+
 def test_unknown_scheme_and_backbone_are_refused(model: Any) -> None:
     with pytest.raises(UserError, match="position scheme 'stock'"):
         tiny_config(model.config.backbone, position_scheme="stock")
@@ -350,6 +364,12 @@ def test_marks_without_media_and_media_without_marks_are_refused(model: Any) -> 
             sample(model, text, *clips, sounds=sounds)
 
 
+def test_marks_in_a_reply_are_text(model: Any) -> None:
+    inputs = sample(model, "Which tag?", reply="<video>")
+    assert "pixel_values_videos" not in inputs
+    assert (inputs["labels"] != -100).sum() == len("<video>") + 2
+
+
 def test_tokenizer_that_does_not_know_a_mark_is_refused(old_model: Any) -> None:
     lacking = ByteTokenizer(
         {"special_ids": {**IDS, "<|audio_pad|>": 270}, "role_ids_right_after_im_start": ROLES}
@@ -366,6 +386,8 @@ def test_media_that_do_not_fit_the_ids_are_refused(model: Any) -> None:
     grid = inputs["video_grid_thw"] + torch.tensor([[1, 0, 0]])
     with pytest.raises(UserError, match="video tokens for a video of 3 pairs"):
         model(**inputs | {"video_grid_thw": grid})
+    with pytest.raises(UserError, match="video tokens for a video of 2 pairs"):
+        model.get_rope_index(inputs["input_ids"], inputs["video_grid_thw"] + torch.tensor([[0, 2, 0]]))
     with pytest.raises(UserError, match="without a video"):
         model.get_rope_index(inputs["input_ids"])
     with pytest.raises(UserError, match="more videos than blocks"):
@@ -474,6 +496,17 @@ def test_short_clips_are_shown_larger_and_within_the_limits() -> None:
     height, width = media.resized(1080, 1920, 768, sampling, rules)
     assert height * width <= 61250
     assert (height % 28, width % 28) == (0, 0)
+
+
+def test_pixel_limits_of_a_whole_clip_count_whole_pairs() -> None:
+    rules = VideoSalmonn2Processor(TOKENIZER, tiny_config("qwen3_vl")).rules
+    sampling = Sampling(1.0, 1, 8, 64 * 64, 784)
+    # Seven frames count as eight when tested against the limit of seven.
+    assert [media.resized(72, 64, n, sampling, rules) for n in (6, 7)] == [(64, 64), (64, 32)]
+
+
+def test_sound_without_samples_is_a_window_of_silence() -> None:
+    assert [len(w) for w in media.windows(np.zeros(0, dtype=np.float32))] == [16000]
 
 
 def test_patches_are_in_merge_order() -> None:

@@ -7,7 +7,7 @@ vision tower that are added to the output of the first layers (deepstack).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class StockDecoder:
 
     def __init__(self, module: nn.Module, text: nn.Module, head: nn.Module, attention: str = "sdpa") -> None:
         self.module, self.attention = module, attention
-        self._text: Any = text
+        self._text = cast(Any, text)
         self._head = head
         config = self._text.config
         if getattr(config, "use_sliding_window", False):

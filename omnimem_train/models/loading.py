@@ -17,6 +17,10 @@ from omnimem_train.models.interface import StreamingModel
 MODELS: dict[str, str] = {
     "qwen2_5_omni": "omnimem_train.models.qwen2_5_omni:Qwen2_5OmniStreaming",
     "qwen2_5_omni_thinker": "omnimem_train.models.qwen2_5_omni:Qwen2_5OmniStreaming",
+    # What published video-SALMONN 2+ folders say; a stock folder of these types is refused: it has no audio part.
+    "qwen2_5_vl": "omnimem_train.models.salmonn.stream_model:VideoSalmonn2Streaming",
+    "qwen3_vl": "omnimem_train.models.salmonn.stream_model:VideoSalmonn2Streaming",
+    "video_salmonn2": "omnimem_train.models.salmonn.stream_model:VideoSalmonn2Streaming",
 }
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")

@@ -244,9 +244,8 @@ def _old_rope(text: dict[str, Any]) -> None:
     """Rotary settings under the names of transformers 4."""
     rope = dict(text.pop("rope_parameters", None) or {})
     text["rope_theta"] = rope.pop("rope_theta", 1e6)
-    rope.setdefault("type", rope.get("rope_type", "default"))
-    if text["model_type"] == "qwen3_vl_text":
-        rope.pop("type")
+    if text["model_type"] == "qwen2_5_vl_text":
+        rope.setdefault("type", rope.get("rope_type", "default"))
     text["rope_scaling"] = rope
 
 

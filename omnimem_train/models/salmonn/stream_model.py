@@ -1,0 +1,131 @@
+"""video-SALMONN 2+ behind the streaming interface, either backbone."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnimem_train.errors import UserError, nearest
+from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn
+from omnimem_train.models.salmonn import media
+from omnimem_train.models.salmonn.config import VideoSalmonn2Config
+from omnimem_train.models.salmonn.decoder import VideoSalmonn2Decoder
+from omnimem_train.models.salmonn.encoder import SalmonnEncoder
+from omnimem_train.models.salmonn.media import SAMPLING_RATE, Sampling
+from omnimem_train.models.salmonn.model import VideoSalmonn2ForConditionalGeneration
+from omnimem_train.models.salmonn.positions import TICKS_PER_S
+from omnimem_train.models.salmonn.processor import VideoSalmonn2Processor
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>")
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
+    """A video-SALMONN 2+ that can be run on a stream.
+
+    Args:
+        module: the model.
+        processor: its processor.
+        attention: kernel of the decoder's attention, "sdpa" or "eager".
+    """
+
+    def __init__(
+        self, module: VideoSalmonn2ForConditionalGeneration, processor: VideoSalmonn2Processor, attention: str = "sdpa"
+    ) -> None:
+        super().__init__(module, attention)
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.config: VideoSalmonn2Config = module.config
+        self.sampling_rate = SAMPLING_RATE
+        self.eos_ids = tuple(ids[0] for token in END_TOKENS if len(ids := self.encode(token)) == 1)
+
+    @classmethod
+    def from_checkpoint(cls, path: str, *, dtype: str, device: torch.device, attention: str) -> VideoSalmonn2Streaming:
+        """Load the checkpoint at `path`, frozen, in evaluation mode. Arguments as in `load_model`.
+
+        Raises:
+            UserError: see `VideoSalmonn2ForConditionalGeneration.from_pretrained`.
+        """
+        module = VideoSalmonn2ForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        module.to(device).eval().requires_grad_(False)
+        return cls(module, VideoSalmonn2Processor.from_pretrained(path), attention)
+
+    def open(self, info: MediaInfo, fps: float, **options: Any) -> MediaEncoder:
+        """The encoder side of a new stream; options as in `SalmonnEncoder`.
+
+        Raises:
+            UserError: an unknown option, or a value that cannot be used.
+        """
+        known = [name for name, p in signature(SalmonnEncoder).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        for key in options:
+            if key not in known:
+                raise UserError(
+                    f"unknown encoder option {key!r}{nearest(key, known)}", remedy=f"known: {', '.join(known)}"
+                )
+        return SalmonnEncoder(self, info, fps, **options)
+
+    def window_s(self, fps: float) -> float:
+        """Smallest multiple of 2 s that holds whole frame pairs. Sound is gathered to its 30 s by the encoder."""
+        pair = Fraction(2) / Fraction(fps).limit_denominator(1000)
+        return float(math.lcm(2 * pair.denominator, pair.numerator) / pair.denominator)
+
+    def render(self, turn: Turn) -> RenderedTurn:
+        """The ids of a turn, a newline before the first question; answers with the <|im_end|> and newline that close
+        them are learned.
+
+        Raises:
+            UserError: a question or an answer holds a control token.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        for i, (question, answer) in enumerate([*turn.earlier, (turn.question, turn.answer)]):
+            opening = "<|im_start|>user\n" if i else "\n"
+            new = self.encode(f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n", question)
+            ids, labels = ids + new, labels + [-100] * len(new)
+            if answer is not None:
+                new = self.encode(f"{answer}<|im_end|>\n", answer)
+                ids, labels = ids + new, labels + new
+        return RenderedTurn(torch.tensor(ids), torch.tensor(labels))
+
+    def tokens_per_s(self, info: MediaInfo, fps: float, **options: Any) -> dict[str, float]:
+        """Tokens a second of "visual" and "audio" for such a file; `options` may hold the pixel limits of `open`."""
+        visual = 0.0
+        if info.has_video:
+            limits = (options.get("max_pixels", 61250), options.get("min_pixels", 784))
+            rules = self.processor.rules
+            height, width = media.resized(info.height, info.width, 2, Sampling(1.0, 1, 2, *limits), rules)
+            visual = height * width / (rules.patch * rules.merge) ** 2 * fps / rules.pairing
+        return {"visual": visual, "audio": float(TICKS_PER_S) if info.has_audio else 0.0}
+
+    def encode_pictures(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Patches and their grid -> (tokens, 1 + layers, E): rows, and deepstack features for the first layers."""
+        shape = torch.tensor([grid], device=self.device)
+        made = self._model.model.encode_video(patches.to(self.device), shape)
+        return torch.stack([made.rows, *made.deepstack], dim=1).to(self.dtype)
+
+    def encode_sound(self, log_mel: Tensor) -> Tensor:
+        """(windows, 128, 3000) -> (windows * 60, E)."""
+        return self._model.model.encode_audio(log_mel.to(self.device)).to(self.dtype)
+
+    def embed(self, ids: list[int]) -> Tensor:
+        """(n,) ids to (n, E), detached: the embedding matrix is never trained here."""
+        return self._text.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.device)).detach()
+
+    def encode(self, text: str, *written_by_users: str) -> list[int]:
+        """Token ids of `text`, control tokens included.
+
+        Raises:
+            UserError: one of the parts that users wrote holds a control token.
+        """
+        for part in written_by_users:
+            if found := next((token for token in CONTROL if token in part), None):
+                raise UserError(
+                    f"the text {part[:60]!r} holds the control token {found}",
+                    cause="it would be read as a mark of the dialogue, not as text",
+                    remedy="remove it",
+                )
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
