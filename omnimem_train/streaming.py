@@ -266,6 +266,8 @@ class Stream:
             layer=layer,
             n_layers=self.model.n_layers,
             seed=hash((self.spec.seed, chunk, layer)) & 0x7FFFFFFF,
+            rotary=self.model.rotary() if "rotary" in self.selector.needs else None,
+            known_text=n_text,
         )
         rows, scored = choose(view, self.selector, allocation, left.total)
         evidence = None if scored is None or scored.importance is None else scored.importance.float()
