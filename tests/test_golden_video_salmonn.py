@@ -401,7 +401,7 @@ def recorded_streams() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def decoder() -> VideoSalmonn2Decoder:
     """With a model of its own: its attention is switched over."""
-    return VideoSalmonn2Decoder(FOUND[NEW].load().requires_grad_(False))
+    return VideoSalmonn2Decoder(FOUND[NEW].load().requires_grad_(False), FOUND[NEW].processor())
 
 
 @pytest.mark.parametrize(("name", "settings"), stream_variants())
@@ -477,7 +477,7 @@ def test_published_budget_tables_load_as_layer_tables() -> None:
 
 @each_case
 def test_layer_by_layer_equals_the_recorded_logits(golden: Golden, case: Case) -> None:
-    run = VideoSalmonn2Decoder(golden.load().requires_grad_(False))
+    run = VideoSalmonn2Decoder(golden.load().requires_grad_(False), golden.processor())
     block = run.prompt_block(case.inputs)
     hidden, rope = block.embeds, run.rope(block.positions)
     for layer in range(run.n_layers):
@@ -489,11 +489,18 @@ def test_layer_by_layer_equals_the_recorded_logits(golden: Golden, case: Case) -
 
 
 @each_set
+@torch.no_grad()
 def test_rotary_turns_keys_as_the_decoder_does(golden: Golden) -> None:
-    run = VideoSalmonn2Decoder(golden.load())
-    index = torch.randint(0, 900, (1, 7, 3), generator=torch.Generator().manual_seed(0))
-    angles = run.rotary().angles(index)
-    assert largest(torch.cat([angles, angles], -1).cos(), run.rope(index)[0]) < 1e-5
+    run = VideoSalmonn2Decoder(golden.load(), golden.processor())
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 7, run.hidden_size, generator=draw)
+    index = [torch.randint(0, 900, (1, 7, 3), generator=draw) for _ in range(2)]
+    taps = [Tap(), Tap()]
+    for at, tap in zip(index, taps, strict=True):
+        run.run_layer(0, hidden, run.rope(at), tap, {})
+    turned = run.rotary().turn(taps[0].keys, (index[1] - index[0])[:, None])
+    assert largest(turned, taps[1].keys) < LOGITS
+    assert largest(taps[0].keys, taps[1].keys) > 0.1
 
 
 # --- the tests, tested: each deliberate mistake must show in the logits

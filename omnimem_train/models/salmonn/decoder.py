@@ -1,4 +1,4 @@
-"""video-SALMONN 2+ for the stream loop: the decoder side, and a prompt's tokens as one block."""
+"""video-SALMONN 2+ for the stream loop: the decoder layer by layer, encoders piece by piece, a prompt as one block."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnimem_train.errors import UserError
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
 from omnimem_train.models.decoder import DEEPSTACK, StockDecoder
 from omnimem_train.models.interface import TokenBlock
+from omnimem_train.models.salmonn.config import VideoSalmonn2Config
 from omnimem_train.models.salmonn.model import VideoSalmonn2ForConditionalGeneration
+from omnimem_train.models.salmonn.processor import VideoSalmonn2Processor
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>")
 
 
 class VideoSalmonn2Decoder(StockDecoder):
-    """The decoder of a `VideoSalmonn2ForConditionalGeneration`, layer by layer.
+    """The decoder of a `VideoSalmonn2ForConditionalGeneration`, layer by layer, and what feeds it.
 
     Args:
         module: the model; its decoder's attention is switched to this package's.
+        processor: its processor.
         attention: "sdpa" or "eager".
     """
 
-    def __init__(self, module: VideoSalmonn2ForConditionalGeneration, attention: str = "sdpa") -> None:
+    def __init__(
+        self, module: VideoSalmonn2ForConditionalGeneration, processor: VideoSalmonn2Processor, attention: str = "sdpa"
+    ) -> None:
         super().__init__(module, module.model.language_model, module.lm_head, attention)
-        self._model = module
+        self._model, self.processor = module, processor
+        self.config: VideoSalmonn2Config = module.config
 
     def prompt_block(self, inputs: Mapping[str, Any], position_scheme: str | None = None) -> TokenBlock:
         """A whole prompt as tokens for the layers: what `forward` would run, media encoded in one go.
@@ -61,3 +70,32 @@ class VideoSalmonn2Decoder(StockDecoder):
         stacked = torch.stack(features, dim=1)
         out = torch.zeros(*visual.shape, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
         return out.masked_scatter(visual[..., None, None], stacked)
+
+    def encode_pictures(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Patches and their grid -> (tokens, 1 + layers, E): rows, and deepstack features for the first layers."""
+        shape = torch.tensor([grid], device=self.device)
+        made = self._model.model.encode_video(patches.to(self.device), shape)
+        return torch.stack([made.rows, *made.deepstack], dim=1).to(self.dtype)
+
+    def encode_sound(self, log_mel: Tensor) -> Tensor:
+        """(windows, 128, 3000) -> (windows * 60, E)."""
+        return self._model.model.encode_audio(log_mel.to(self.device)).to(self.dtype)
+
+    def embed(self, ids: list[int]) -> Tensor:
+        """(n,) ids to (n, E), detached: the embedding matrix is never trained here."""
+        return self._text.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.device)).detach()
+
+    def encode(self, text: str, *written_by_users: str) -> list[int]:
+        """Token ids of `text`, control tokens included.
+
+        Raises:
+            UserError: one of the parts that users wrote holds a control token.
+        """
+        for part in written_by_users:
+            if found := next((token for token in CONTROL if token in part), None):
+                raise UserError(
+                    f"the text {part[:60]!r} holds the control token {found}",
+                    cause="it would be read as a mark of the dialogue, not as text",
+                    remedy="remove it",
+                )
+        return list(self.processor.tokenizer.encode(text, add_special_tokens=False))

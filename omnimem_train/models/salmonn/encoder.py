@@ -7,7 +7,6 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +17,11 @@ from omnimem_train.models.decoder import DEEPSTACK
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, MediaWindow, TokenBlock
 from omnimem_train.models.salmonn import media
 from omnimem_train.models.salmonn.config import check_scheme
+from omnimem_train.models.salmonn.decoder import VideoSalmonn2Decoder
 from omnimem_train.models.salmonn.media import SAMPLING_RATE, WINDOW_S, Sampling
 from omnimem_train.models.salmonn.order import Order, Rules
 from omnimem_train.models.salmonn.positions import TICKS_PER_S
 from omnimem_train.models.salmonn.processor import END, MAX_TIMESTAMPS, START, SYSTEM
-
-if TYPE_CHECKING:
-    from omnimem_train.models.salmonn.stream_model import VideoSalmonn2Streaming
 
 
 class SalmonnEncoder(MediaEncoder):
@@ -57,7 +54,7 @@ class SalmonnEncoder(MediaEncoder):
 
     def __init__(
         self,
-        model: VideoSalmonn2Streaming,
+        model: VideoSalmonn2Decoder,
         info: MediaInfo,
         fps: float,
         *,

@@ -8,12 +8,10 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from omnimem_train.errors import UserError, nearest
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.salmonn import media
-from omnimem_train.models.salmonn.config import VideoSalmonn2Config
 from omnimem_train.models.salmonn.decoder import VideoSalmonn2Decoder
 from omnimem_train.models.salmonn.encoder import SalmonnEncoder
 from omnimem_train.models.salmonn.media import SAMPLING_RATE, Sampling
@@ -21,7 +19,6 @@ from omnimem_train.models.salmonn.model import VideoSalmonn2ForConditionalGenera
 from omnimem_train.models.salmonn.positions import TICKS_PER_S
 from omnimem_train.models.salmonn.processor import VideoSalmonn2Processor
 
-CONTROL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -37,9 +34,8 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
     def __init__(
         self, module: VideoSalmonn2ForConditionalGeneration, processor: VideoSalmonn2Processor, attention: str = "sdpa"
     ) -> None:
-        super().__init__(module, attention)
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        self.config: VideoSalmonn2Config = module.config
+        super().__init__(module, processor, attention)
+        self.tokenizer = processor.tokenizer
         self.sampling_rate = SAMPLING_RATE
         self.eos_ids = tuple(ids[0] for token in END_TOKENS if len(ids := self.encode(token)) == 1)
 
@@ -100,32 +96,3 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
             height, width = media.resized(info.height, info.width, 2, Sampling(1.0, 1, 2, *limits), rules)
             visual = height * width / (rules.patch * rules.merge) ** 2 * fps / rules.pairing
         return {"visual": visual, "audio": float(TICKS_PER_S) if info.has_audio else 0.0}
-
-    def encode_pictures(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Patches and their grid -> (tokens, 1 + layers, E): rows, and deepstack features for the first layers."""
-        shape = torch.tensor([grid], device=self.device)
-        made = self._model.model.encode_video(patches.to(self.device), shape)
-        return torch.stack([made.rows, *made.deepstack], dim=1).to(self.dtype)
-
-    def encode_sound(self, log_mel: Tensor) -> Tensor:
-        """(windows, 128, 3000) -> (windows * 60, E)."""
-        return self._model.model.encode_audio(log_mel.to(self.device)).to(self.dtype)
-
-    def embed(self, ids: list[int]) -> Tensor:
-        """(n,) ids to (n, E), detached: the embedding matrix is never trained here."""
-        return self._text.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.device)).detach()
-
-    def encode(self, text: str, *written_by_users: str) -> list[int]:
-        """Token ids of `text`, control tokens included.
-
-        Raises:
-            UserError: one of the parts that users wrote holds a control token.
-        """
-        for part in written_by_users:
-            if found := next((token for token in CONTROL if token in part), None):
-                raise UserError(
-                    f"the text {part[:60]!r} holds the control token {found}",
-                    cause="it would be read as a mark of the dialogue, not as text",
-                    remedy="remove it",
-                )
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
