@@ -63,7 +63,7 @@ def test_list_and_fixed() -> None:
 
 def test_the_highest_quantile_stays_in_range() -> None:
     almost_one = 1 - 2**-53
-    for low, high in ((64, 1024), (1, 1), (3, 10**6), (512, 8192)):
+    for low, high in ((64, 1024), (1, 1), (2, 2), (3, 64), (5, 5), (3, 10**6), (512, 8192)):
         for kind in ("log_uniform", "uniform"):
             sampler = BudgetSampler(BudgetSampling(kind=kind, low=low, high=high), 8)
             assert (sampler._budget(0.0), sampler._budget(almost_one)) == (low, high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -186,8 +187,9 @@ def test_keep_leaves_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000100", "step-00001000"]
     save(tmp_path, 2000, keep=1)
     assert names(tmp_path) == ["step-00002000"]
-    save(tmp_path, 123456789, keep=0)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00002000", "step-123456789"]
+    save(tmp_path, 99_999_999, keep=0)
+    save(tmp_path, 100_000_000, keep=0)  # by name it would come before the others
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00002000", "step-99999999", "step-100000000"]
 
 
 def test_find_takes_a_checkpoint_or_a_folder_of_them(tmp_path: Path) -> None:
@@ -288,6 +290,9 @@ def test_damage_is_found_named_and_an_older_checkpoint_offered(tmp_path: Path, n
     with pytest.raises(UserError) as excinfo:
         load_checkpoint(path)
     assert name in excinfo.value.what
+    if harm == "cut" and name != "meta.json":
+        size = (path / name).stat().st_size
+        assert f"{name} has {size:,} bytes instead of {size + 1:,}" in excinfo.value.what
     assert str(path) in excinfo.value.what
     assert excinfo.value.remedy.endswith(str(older))
     assert load_checkpoint(older).step == 1
@@ -310,6 +315,25 @@ def test_every_changed_value_of_meta_is_noticed(tmp_path: Path) -> None:
     (path / "meta.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"meta\.json does not match its checksum"):
         load_checkpoint(path)
+
+
+class Intruder:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.touched,)
+
+
+def test_reading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file made elsewhere with matching checksums."""
+    monkeypatch.setattr(checkpoint, "_check_plain", lambda *_: None)
+    path = save(tmp_path / "run", 1, objects={"optimizer": Intruder(tmp_path / "touched")})
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(path)
+    assert not (tmp_path / "touched").exists()
 
 
 def test_another_format_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,12 +48,10 @@ def singles(right: int, n: int) -> list[Outcome]:
 
 @pytest.mark.parametrize(
     ("df", "expected"),  # printed tables of Student's t, two-sided 95 %
-    list(
-        {
-            **{1: 12.7062047, 2: 4.30265273, 3: 3.18244631, 4: 2.77644511, 5: 2.57058184, 10: 2.22813885},
-            **{29: 2.04522964, 30: 2.04227246, 100: 1.98397152, 1000: 1.96233908},
-        }.items()
-    ),
+    (
+        {1: 12.7062047, 2: 4.30265273, 3: 3.18244631, 4: 2.77644511, 5: 2.57058184, 10: 2.22813885}
+        | {29: 2.04522964, 30: 2.04227246, 100: 1.98397152, 1000: 1.96233908}
+    ).items(),
 )
 def test_t_quantile(df: int, expected: float) -> None:
     assert t_quantile(0.975, df) == pytest.approx(expected, rel=1e-8)
@@ -77,6 +75,13 @@ def test_one_question_a_clip_is_wilson(right: int, n: int, low: float, high: flo
     assert (found.low, found.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
     assert (found.value, found.n, found.clips, found.design_effect) == (right / n, n, n, 1.0)
     assert (found.low, found.high) == wilson(right / n, n, Z)
+
+
+def test_wilson_contains_its_share_exactly() -> None:
+    """0 of n and n of n are ends of the interval, not 1e-17 outside or inside."""
+    for n in range(1, 200):
+        assert wilson(0.0, n, Z)[0] == 0.0
+        assert wilson(1.0, n, Z)[1] == 1.0
 
 
 def test_clustered_interval_by_hand() -> None:
