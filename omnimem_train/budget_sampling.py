@@ -71,6 +71,13 @@ class BudgetSampling:
         if faults:
             raise UserError("budgets: " + "; ".join(faults))
 
+    @property
+    def smallest(self) -> int | None:
+        """The smallest budget that may be drawn; None when every step runs without compression."""
+        if self.full_share >= 1:
+            return None
+        return min(self.choices) if self.choices else self.low
+
     def edges(self, n: int) -> list[int]:
         """First budget of each of at most `n` bands, equally likely by design, and one past the last budget."""
         stop = self.high + 1

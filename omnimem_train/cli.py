@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, run, text)
         sub.add_argument("recipe", type=Path, help="YAML file")
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe, e.g. memory.budget=512")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings of the recipe, e.g. memory.budget=512"
+        )
 
     sub = command("ask", _ask, "stream a file through a fixed memory and answer a question about it")
     sub.add_argument("video", type=Path)
@@ -90,7 +92,8 @@ class _Version(argparse.Action):
 
 def _train(arguments: Any) -> None:
     from omnimem_train.config import load_config
-    from omnimem_train.trainer import RunConfig, train
+    from omnimem_train.run_config import RunConfig
+    from omnimem_train.trainer import train
 
     folder = train(load_config(RunConfig, arguments.recipe, arguments.overrides))
     print(f"checkpoint: {folder}", flush=True)
@@ -131,7 +134,9 @@ def _eval(arguments: Any) -> None:
     if state.is_main_process:
         print(table(summary))
         if failed := summary["failed"]:
-            print(f"\n{len(failed)} questions failed and count as wrong, e.g. {failed[0]['question']}: {failed[0]['why']}")
+            print(
+                f"\n{len(failed)} questions failed and count as wrong, e.g. {failed[0]['question']}: {failed[0]['why']}"
+            )
     state.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """Multiple-choice evaluation: many memory settings, with and without an adapter, in one pass over each clip.
 
-Encoding a clip costs the same whatever is remembered of it, so every clip is decoded and encoded once and its tokens are
-fed to one stream per setting. Every answer is a line of JSON; tables are made from those lines and nothing else.
+Encoding a clip costs the same whatever is remembered of it, so every clip is decoded and encoded once and its tokens
+are fed to one stream per setting. Every answer is a line of JSON; tables are made from those lines and nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def extract_letter(text: str, n_options: int) -> str | None:
     """The option a text chooses, or None.
 
     In this order: the text begins with a letter that stands alone ("B", "B.", "(B)"); "answer is B" or "answer: B"; the
-    only letter in parentheses; the only capital letter standing alone. Two different candidates at a stage, and a letter
-    that begins a word ("A dog"), count as no answer; the public extractors we know take the first capital of any word.
+    only letter in parentheses; the only capital letter standing alone. Two different candidates at a stage, and a
+    letter that is a word ("A dog"), count as no answer; the public extractors take the first capital of any word.
     """
     text = text.strip()
     letters = LETTERS[:n_options]
@@ -179,7 +180,7 @@ class Evaluator:
                 waiting = waiting[len(due) :]
                 results += self._ask(clip, due, left, states, encoder, broken)
                 if block is not None:
-                    self._each(left, broken, lambda s, b=block: self._feed(states, s, b))
+                    self._each(left, broken, partial(self._feed, states, block))
             results += self._ask(clip, waiting, left, states, encoder, broken)
         except FAILURES as error:
             for s in left:
@@ -202,7 +203,7 @@ class Evaluator:
             except FAILURES as error:
                 broken[s.key()] = str(error)
 
-    def _feed(self, states: dict[str, StreamState], s: Setting, block: TokenBlock) -> None:
+    def _feed(self, states: dict[str, StreamState], block: TokenBlock, s: Setting) -> None:
         states[s.key()] = self.streams[s.key()].feed(states[s.key()], block)
 
     def _ask(
@@ -328,7 +329,7 @@ def run(
     rank: int = 0,
     world: int = 1,
     retry_failed: bool = False,
-    progress: Callable[[list[Clip]], Iterable[Clip]] = iter,  # type: ignore[assignment]
+    progress: Callable[[list[Clip]], Iterable[Clip]] = iter,
 ) -> list[ItemResult]:
     """Evaluate clips `rank`, `rank + world`, ... and append to `folder/results-rank{rank}.jsonl`.
 

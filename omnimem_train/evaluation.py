@@ -187,7 +187,7 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     barrier: Callable[[], None] = lambda: None,
-    progress: Callable[[list[Clip]], Iterable[Clip]] = iter,  # type: ignore[assignment]
+    progress: Callable[[list[Clip]], Iterable[Clip]] = iter,
 ) -> dict[str, Any]:
     """Measure what is missing and summarise. All ranks get the summary; rank 0 writes it.
 

@@ -53,7 +53,9 @@ def export_adapter(
             parameter.copy_(held.tensors["adapter"][name])
     report: dict[str, Any] = save_adapter(model, out, inside_omni=layout == "omni")
     if report["trained"] == 0:
-        raise UserError(f"the adapter in {folder} changes nothing", cause="all its B matrices are zero: not trained yet")
+        raise UserError(
+            f"the adapter in {folder} changes nothing", cause="all its B matrices are zero: not trained yet"
+        )
     spec = MemorySpec.from_dict(settings["memory"])
     about = {
         "base_model": path,
@@ -92,7 +94,7 @@ def adapter_memory(folder: Path, base: StreamingModel | None = None) -> MemorySp
     if base is not None and about.get("base_fingerprint") != model_fingerprint(base, adapters=False):
         raise UserError(
             f"the adapter {folder} was trained on another base model ({about.get('base_model')})",
-            cause=f"fingerprint {about.get('base_fingerprint')}, this model has {model_fingerprint(base, adapters=False)}",
+            cause=f"fingerprint {about.get('base_fingerprint')}, here {model_fingerprint(base, adapters=False)}",
             remedy="load the base model it was trained on, in the same dtype",
         )
     return spec
@@ -121,7 +123,7 @@ tags: [omnimem-train, streaming, kv-cache]
 
 LoRA (r = {lora["r"]}, alpha = {lora["alpha"]:g}, on {", ".join(lora["targets"])}; {report["modules"]} modules,
 {report["parameters"]:,} weights), trained for {about["steps"]} steps with the memory compressed in the forward pass:
-selector `{spec.selector}`, {drawn} tokens a layer, {100 * budgets["full_share"]:.0f} % of the steps without compression,
+selector `{spec.selector}`, {drawn} tokens a layer, {100 * budgets["full_share"]:.0f} % of the steps uncompressed,
 chunks of {spec.chunk_tokens} tokens, {spec.positions} positions.
 
 `memory.json` (fingerprint `{spec.fingerprint()}`) rebuilds that memory:

@@ -1,7 +1,7 @@
 """One training step on one stream: stream it with compression, ask, sum the losses.
 
-All chunks run inside one `forward` of one module, so DDP and ZeRO see a single call however many there are. The encoders
-are frozen and run before it (`encode_stream`), where no gradient and no engine is.
+All chunks run inside one `forward` of one module, so DDP and ZeRO see a single call however many there are. The
+encoders are frozen and run before it (`encode_stream`), where no gradient and no engine is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The stream loop: chunks through the decoder, a compressed memory between them.
 
-Training, evaluation and generation all go through `Stream`: `feed` runs a chunk through the layers and compresses every
-layer's memory, `ask` lets questions read the memory and leaves it as it was. A `StreamState` is a value: feeding returns
-a new one, so a state can be kept, branched and differentiated through.
+Training, evaluation and generation all go through `Stream`: `feed` runs a chunk through the layers and compresses
+every layer's memory, `ask` lets questions read the memory and leaves it as it was. A `StreamState` is a value: feeding
+returns a new one, so a state can be kept, branched and differentiated through.
 
 Shape legend: see `omnimem_train.memory.state`.
 """

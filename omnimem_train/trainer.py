@@ -6,10 +6,9 @@ rank through the model with that memory, and updates the adapter on the answers.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,102 +19,20 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor
 
-from omnimem_train.budget_sampling import BudgetSampler, BudgetSampling, Draw
+from omnimem_train.budget_sampling import BudgetSampler, Draw
 from omnimem_train.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from omnimem_train.config import save_resolved, to_plain
 from omnimem_train.data import BrokenMedia, DataConfig, SkippedMedia, StreamDataset, StreamLoader, load_manifest
 from omnimem_train.errors import UserError
-from omnimem_train.losses import LossConfig
-from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.models.interface import StreamingModel
-from omnimem_train.models.loading import ModelConfig, load
-from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, load_adapter, lora_parameters
+from omnimem_train.models.interface import MediaInfo, StreamingModel
+from omnimem_train.models.loading import load
+from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, lora_parameters
 from omnimem_train.rng import rng_state, set_rng_state, versions
+from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
 from omnimem_train.runlog import Meter, RunLog
 from omnimem_train.step import EncodedStream, StepResult, StreamingStep, TimedTurn, encode_stream
-from omnimem_train.streaming import Gradient
+from omnimem_train.streaming import Stream
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The optimisation.
-
-    Attributes:
-        output: folder of the run.
-        steps: optimizer steps.
-        lr: peak learning rate of AdamW.
-        warmup_steps: linear warm-up, then a cosine down to `lr * min_lr_share` at the last step.
-        weight_decay, beta1, beta2, eps: of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
-        accumulation: clips a rank runs for one step.
-        log_every, save_every: steps between log lines and checkpoints (0: only at the end).
-        keep: checkpoints kept.
-        seed: of adapter weights and data order.
-        deepspeed: a DeepSpeed JSON config; None for plain data parallelism (or what `accelerate launch` says).
-        resume: "never", "auto" (the newest checkpoint of `output`, if there is one), or a checkpoint folder.
-    """
-
-    output: Path = Path("runs/train")
-    steps: int = 100
-    lr: float = 2e-5
-    min_lr_share: float = 0.1
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    accumulation: int = 1
-    log_every: int = 10
-    save_every: int = 0
-    keep: int = 2
-    seed: int = 0
-    deepspeed: Path | None = None
-    resume: str = "never"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}={getattr(self, name)} must be 1 or more")
-        for name in ("lr", "max_grad_norm", "eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
-        for name in ("warmup_steps", "save_every", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name}={getattr(self, name)} is negative")
-        if not 0 <= self.min_lr_share <= 1:
-            raise UserError(f"train.min_lr_share={self.min_lr_share} is not a share between 0 and 1")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step `step` (from 0)."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        return self.lr * (self.min_lr_share + (1 - self.min_lr_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a training run is made of; a recipe is a YAML file of this shape.
-
-    `encoder` holds options of the model's encoder side (system prompt, `max_pixels`, ...).
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    data: DataConfig = field(default_factory=DataConfig)
-    encoder: dict[str, Any] = field(default_factory=dict)
-    memory: MemorySpec = field(default_factory=MemorySpec)
-    budgets: BudgetSampling = field(default_factory=BudgetSampling)
-    gradient: Gradient = field(default_factory=Gradient)
-    loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-
-# Settings that may differ between a checkpoint and the run that resumes it.
-MAY_CHANGE = ("config.train.resume", "config.train.log_every", "config.train.save_every", "config.train.keep",
-              "config.data.workers", "config.data.prefetch_windows", "config.data.time_limit_s", "config.data.max_broken",
-              "config.train.output", "config.model.device")  # fmt: skip
 BANDS = 3
 
 
@@ -153,6 +70,7 @@ def train(config: RunConfig) -> Path:
     start = run.restore(found) if found else 0
     clips = run.encoded(loader.position)
     meter = Meter(accelerator.device)
+    preflight(run)
     with RunLog(t.output, rank, total_steps=t.steps, resumed_at=start if found else None) as log:
         introduce(run, log, modules, sum(p.numel() for p in weights))
         folder = found
@@ -326,6 +244,24 @@ def seed_rank(seed: int, rank: int) -> None:
     random.seed(seed * 1009 + rank)
     np.random.seed((seed * 1009 + rank) % 2**32)
     torch.manual_seed(seed * 1009 + rank)
+
+
+def preflight(run: Run) -> None:
+    """Find out now what would fail in the first steps, or in a later one with a small budget.
+
+    Raises:
+        UserError: encoder options, gradient settings or layer budgets that do not fit the model, or a budget that may
+            be drawn and is below the text it has to hold.
+    """
+    config, model = run.config, run.model
+    Stream(model, config.memory, config.gradient, total_tokens=1)
+    budgets = Stream(model, config.memory.at(config.budgets.smallest)).budgets
+    info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)
+    for prefix in {sample.prefix for sample in run.loader.dataset.samples}:
+        opening = model.open(info, config.data.fps, prefix=prefix, **config.encoder).start()
+        for budget in budgets:
+            if budget is not None:
+                config.memory.media_budget(budget, opening.n)
 
 
 def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:

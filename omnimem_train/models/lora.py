@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
         target_modules=target_pattern(model, settings.targets),
         base_model_name_or_path=str(model.module.config.name_or_path) or None,  # type: ignore[union-attr]
     )
-    model.adapter = get_peft_model(model.module, config, autocast_adapter_dtype=True)
+    with warnings.catch_warnings():  # peft asks transformers in a way that newer versions call deprecated
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        model.adapter = get_peft_model(model.module, config, autocast_adapter_dtype=True)
     found = sorted({name for name, _ in _halves(model)})
     assert found == sorted(modules), f"peft adapted {len(found)} modules, {len(modules)} were meant"
     for _, parameter in lora_parameters(model):

@@ -1,0 +1,243 @@
+"""Training as users run it: processes started from the command line, on real clips and a real (nano) model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from omnimem_train.budget_sampling import BudgetSampling, Draw
+from omnimem_train.checkpoint import checkpoints
+from omnimem_train.config import load_config
+from omnimem_train.data import DataConfig
+from omnimem_train.errors import UserError
+from omnimem_train.losses import LossConfig
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.loading import ModelConfig
+from omnimem_train.models.lora import LoraSettings
+from omnimem_train.run_config import RunConfig, TrainConfig
+from omnimem_train.runlog import read_metrics
+from omnimem_train.streaming import Gradient
+from omnimem_train.trainer import check_finite, train
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight clips of 4 s with questions."""
+    out = tmp_path_factory.mktemp("world")
+    command = [sys.executable, "-m", "data_prep.render", str(out), "--clips", "8", "--seconds", "6", "--seed", "5"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def recipe(world: Path, nano_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for a run of four steps."""
+    path = tmp_path_factory.mktemp("recipe") / "nano.yaml"
+    path.write_text(
+        f"""
+model: {{path: {nano_folder}, device: cpu}}
+lora: {{r: 4, alpha: 8, dropout: 0.05}}
+data: {{manifest: {world / "train.json"}, fps: 2, workers: 1}}
+memory: {{selector: perturbation, budget: 24, chunk_tokens: 48}}
+budgets: {{kind: log_uniform, low: 8, high: 64, full_share: 0.25, chunk_jitter: 0.25}}
+train: {{steps: 4, lr: 3e-3, warmup_steps: 1, accumulation: 2, log_every: 1, save_every: 2, keep: 4}}
+"""
+    )
+    return path
+
+
+def launch(
+    recipe: Path, output: Path, *overrides: str, processes: int = 1, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`omnimem train` in `processes` processes on the CPU."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        port = str(20000 + os.getpid() % 20000)
+        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port, "-m"]
+    command += ["omnimem_train", "train", str(recipe), f"train.output={output}", *overrides]
+    quiet = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=os.environ | quiet | env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def run(recipe: Path, output: Path, *overrides: str, **more: Any) -> Path:
+    done = launch(recipe, output, *overrides, **more)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return output
+
+
+def adapter(output: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoints" / f"step-{step:08d}" / "adapter.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+@pytest.fixture(scope="session")
+def one(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the others are compared with: one process, two clips a step, no dropout."""
+    return run(recipe, tmp_path_factory.mktemp("one"), "lora.dropout=0")
+
+
+def test_a_run_writes_what_it_promises(one: Path) -> None:
+    rows = read_metrics(one / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    wanted = {"loss", "budget", "lr", "grad_norm", "tokens_per_s", "wait_share", "peak_gib"}
+    for row in rows:
+        assert wanted <= row.keys()
+        assert any(k.startswith("loss_by_budget/") for k in row)
+        assert 0 < row["kept_share/visual"] <= 1
+        assert 0 < row["kept_share/audio"] <= 1
+        assert row["grad_norm"] > 0
+    assert [p.name for p in checkpoints(one / "checkpoints")] == ["step-00000002", "step-00000004"]
+    assert list((one / "tensorboard").iterdir())
+    resolved = load_config(RunConfig, one / "config.yaml")
+    assert resolved.budgets.low == 8
+    moved = adapter(one)
+    assert all(bool(x.any()) for k, x in moved.items() if "lora_B" in k), "a B matrix was never trained"
+
+
+def test_a_resumed_run_is_bit_equal(recipe: Path, tmp_path: Path) -> None:
+    """With dropout, so that random states matter."""
+    whole = run(recipe, tmp_path / "whole")
+    resumed = run(recipe, tmp_path / "resumed", f"train.resume={whole / 'checkpoints' / 'step-00000002'}")
+    assert largest_difference(adapter(whole), adapter(resumed)) == 0
+    then, now = read_metrics(whole / "metrics.jsonl"), read_metrics(resumed / "metrics.jsonl")
+    assert [row["step"] for row in now] == [3, 4]
+    for a, b in zip(then[2:], now, strict=True):
+        for key in ("loss", "grad_norm", "budget", "chunk_tokens"):
+            assert a[key] == b[key]
+    # auto: the run has nothing left to do, and says so by ending at once with the same checkpoint
+    again = run(recipe, whole, "train.resume=auto")
+    assert largest_difference(adapter(again), adapter(resumed)) == 0
+
+
+def test_another_run_does_not_resume(recipe: Path, one: Path, tmp_path: Path) -> None:
+    done = launch(recipe, tmp_path, "lora.dropout=0", "memory.chunk_tokens=32", f"train.resume={one / 'checkpoints'}")
+    assert done.returncode == 2
+    assert "chunk_tokens: 48 in the checkpoint, 32 now" in done.stderr
+
+
+def test_two_processes_equal_one(recipe: Path, one: Path, tmp_path: Path) -> None:
+    """The same global batch: two processes with a clip each, one process with two."""
+    two = run(recipe, tmp_path / "two", "lora.dropout=0", "train.accumulation=1", processes=2)
+    for a, b in zip(read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True):
+        assert a["budget"] == b["budget"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert largest_difference(adapter(one), adapter(two)) < 1e-4
+
+
+def test_zero_2_equals_one_process_and_resumes(recipe: Path, one: Path, tmp_path: Path) -> None:
+    options = ("lora.dropout=0", "train.accumulation=1", f"train.deepspeed={ROOT / 'recipes/launch/zero2.json'}")
+    zero = run(recipe, tmp_path / "zero", *options, processes=2, DS_ACCELERATOR="cpu")
+    for a, b in zip(read_metrics(one / "metrics.jsonl"), read_metrics(zero / "metrics.jsonl"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+    assert largest_difference(adapter(one), adapter(zero)) < 1e-3
+    from_half = f"train.resume={zero / 'checkpoints' / 'step-00000002'}"
+    resumed = run(recipe, tmp_path / "resumed", *options, from_half, processes=2, DS_ACCELERATOR="cpu")
+    assert largest_difference(adapter(zero), adapter(resumed)) == 0
+
+
+def config(recipe: Path, tmp_path: Path, **train_settings: Any) -> RunConfig:
+    loaded = load_config(RunConfig, recipe)
+    settings = {"output": tmp_path / "run", "steps": 2, "save_every": 0} | train_settings
+    return replace(loaded, train=replace(loaded.train, **settings))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient": Gradient("last", chunks=1)},
+        {"gradient": Gradient("stop_layer", layer=1)},
+        {"loss": LossConfig(distill=0.5, temperature=2.0)},
+        {"memory": MemorySpec(selector="omnimem", budget=16, chunk_tokens=32, allocation="avba")},
+        {"memory": MemorySpec(selector="snapkv", budget=16, chunk_tokens=32, positions="compact")},
+    ],
+    ids=["last", "stop_layer", "distill", "omnimem", "compact"],
+)
+def test_every_way_of_training_trains(recipe: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = train(replace(config(recipe, tmp_path), **changes))
+    tensors = load_file(folder / "adapter.safetensors")
+    assert any(bool(x.any()) for k, x in tensors.items() if "lora_B" in k)
+    if "loss" in changes:
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert all(row["distill_loss"] >= 0 for row in rows)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it was not made"):
+        check_finite(3, torch.tensor(float("nan")), torch.tensor(1.0), Draw(8, 32))
+    with pytest.raises(UserError, match="step 3: loss 1, gradient norm inf"):
+        check_finite(3, torch.tensor(1.0), torch.tensor(float("inf")), Draw(8, 32))
+    check_finite(3, torch.tensor(1.0), None, Draw(8, 32))
+
+
+def test_learning_rate() -> None:
+    t = TrainConfig(steps=11, warmup_steps=2, lr=1.0, min_lr_share=0.1)
+    assert [round(t.lr_at(s), 4) for s in (0, 1, 2, 10)] == [0.5, 1.0, 1.0, 0.1]
+    assert all(t.lr_at(s) >= t.lr_at(s + 1) for s in range(2, 10))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=/nowhere/model"], "there is no model folder"),
+        (["data.manifest=/nowhere.json"], "nowhere.json"),
+        (["memory.selector=snapkb"], "did you mean 'snapkv'"),
+        (["memory.bugdet=12", "train.lr=fast"], "did you mean 'budget'"),
+        (["lora.targets=[q_prj]"], "did you mean 'q_proj'"),
+        (["train.deepspeed=/nowhere.json"], "no DeepSpeed configuration"),
+        (["memory.count_text=true", "budgets.low=8", "budgets.full_share=0"], "text tokens it has to hold"),
+        (["gradient.kind=stop_layer", "gradient.layer=7"], "stop layer 7 of a model with 3 layers"),
+        (["train.resume=/nowhere"], "nowhere"),
+    ],
+)
+def test_what_a_user_does_wrong_is_said_before_training(
+    recipe: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from omnimem_train.cli import main
+
+    code = main(["train", str(recipe), f"train.output={tmp_path / 'run'}", *overrides])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_clip_stops_the_run_or_is_counted(recipe: Path, world: Path, tmp_path: Path) -> None:
+    entries = json.loads((world / "train.json").read_text())
+    for entry in entries:
+        entry["video"] = str(world / entry["video"])
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    entries[1]["video"] = str(tmp_path / "broken.mp4")
+    manifest = tmp_path / "train.json"
+    manifest.write_text(json.dumps(entries))
+    stopped = launch(recipe, tmp_path / "a", f"data.manifest={manifest}")
+    assert stopped.returncode == 2
+    assert "broken.mp4: cannot be decoded" in stopped.stderr
+    assert "data.max_broken=1" in stopped.stderr
+    run(recipe, tmp_path / "b", f"data.manifest={manifest}", "data.max_broken=1")
+    listed = [json.loads(line) for line in (tmp_path / "b" / "broken-rank0.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in listed] == [entries[1]["id"]]
+
+
+def test_components_of_a_run_have_defaults() -> None:
+    c = RunConfig()
+    assert isinstance(c.model, ModelConfig)
+    assert isinstance(c.lora, LoraSettings)
+    assert isinstance(c.data, DataConfig)
+    assert isinstance(c.budgets, BudgetSampling)
