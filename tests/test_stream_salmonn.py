@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from salmonn_golden import largest
-from test_salmonn import IDS, TOKENIZER, tiny_model
+from test_salmonn import IDS, MARKS, TOKENIZER, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +22,9 @@ from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
 from omnimem_train.models.interface import MediaInfo, MediaWindow, TokenBlock, Turn
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.salmonn import Clip, Sampling, VideoSalmonn2Processor, media
+from omnimem_train.models.salmonn.layout import interleaved, timestamped
+from omnimem_train.models.salmonn.order import Order, Rules
+from omnimem_train.models.salmonn.positions import VideoGrid, positions
 from omnimem_train.models.salmonn.stream_model import VideoSalmonn2Streaming
 from omnimem_train.streaming import Gradient, Stream, encode
 
@@ -118,6 +121,50 @@ def test_stream_gives_the_tokens_of_the_whole_prompt(
         assert (media_time <= 30 * np.ceil(clip[0].duration_s / 30)).all()
 
 
+@pytest.mark.parametrize(
+    ("scheme", "grid", "sounds", "group"),
+    [
+        ("training", VideoGrid(3, 30, 2, 0.4), 60, 1),  # rows outrun the clock
+        ("training", VideoGrid(384, 1, 1, 0.21), 180, 1),  # float64 gives other ticks
+        ("training", VideoGrid(4, 2, 40, 0.5), 0, 1),
+        ("generation", VideoGrid(3, 30, 2, 0.4), 60, 1),
+        ("generation", VideoGrid(40, 1, 1, 0.5), 60, 1),
+        ("timestamps", VideoGrid(11, 1, 2, 1.7), 60, 4),  # neighbours share a timestamp
+        ("timestamps", VideoGrid(7, 3, 1, 0.3), 60, 7),
+    ],
+)
+def test_order_equals_the_layout_of_the_whole_clip(scheme: str, grid: VideoGrid, sounds: int, group: int) -> None:
+    if scheme == "timestamps":
+        segments = timestamped(grid, [0.0] * grid.pairs, sounds, -(-grid.pairs // group))
+    else:
+        segments = interleaved(grid, sounds)
+    ids: list[int] = []
+    for i, segment in enumerate(segments):
+        ids += [MARKS.end] * bool(ids and group > 1) + [MARKS.start] * (i == 0 or group > 1)
+        ids += [MARKS.video] * segment.visual_tokens + [MARKS.audio] * segment.audio_tokens
+    whole_index, _ = positions(torch.tensor([[*ids, MARKS.end]]), [grid], MARKS, scheme)
+    assert grid.seconds_per_pair is not None
+    rules = Rules(scheme, True, sounds > 0, grid.seconds_per_pair, grid.pairs, group)
+    order = Order(rules, rows=grid.rows, columns=grid.columns, video_ended=True, audio_ended=True)
+    made: list[Tensor] = []
+    kinds: list[int] = []
+    while (step := order.next(grid.pairs, sounds))[0]:
+        if step[0] == "pair" and order.pairs % group == 0 and (group > 1 or not made):
+            order, index = order.text(1 + bool(made))
+            made, kinds = [*made, index], kinds + [MARKS.end] * bool(made) + [MARKS.start]
+        order, index = order.pair() if step[0] == "pair" else order.audio(step[1])
+        made, kinds = [*made, index], kinds + [MARKS.video if step[0] == "pair" else MARKS.audio] * len(index)
+    assert kinds == ids
+    assert torch.equal(torch.cat([*made, order.text(1)[1]]).T, whole_index[:, 0])
+
+
+def test_sound_does_not_wait_for_a_picture_that_has_ended(model: Any) -> None:
+    clip = made_up("both", 9.0, 61.0)
+    encoder = model.open(clip[0], FPS, max_pixels=3000)
+    blocks = [encoder.push(w) for w in windows_of("both", *clip, 6.0)[:10]]
+    assert sum(int((b.modality == AUDIO).sum()) for b in blocks if b) == 120
+
+
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_unlimited_memory_equals_one_forward(model: Any, kind: str, chunk: int) -> None:
@@ -182,6 +229,16 @@ def test_what_waits_is_what_the_end_would_give_and_changes_nothing(model: Any) -
     assert waiting.n == last.n > 60
     assert torch.equal(waiting.positions, last.positions)
     assert torch.equal(text.positions, encoder.text(torch.tensor([5])).positions)
+
+
+def test_only_an_open_bracket_is_closed(model: Any) -> None:
+    encoder = model.open(made_up("video", 5.0)[0], FPS, max_pixels=3000)
+    encoder.start()
+    opened = model.config.backbone == "qwen2_5_vl"  # with timestamps a bracket opens with its first pair
+    assert encoder.text(torch.tensor([5])).n == 1 + opened
+    assert encoder.text(torch.tensor([5]), closing=False).n == 1
+    encoder.push(windows_of("video", *made_up("video", 5.0), 2.0)[0])
+    assert encoder.text(torch.tensor([5])).n == 2
 
 
 def test_pictures_wait_for_the_sound_before_them_only(model: Any) -> None:
