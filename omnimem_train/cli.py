@@ -68,6 +68,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", help="base model, if it has moved since training")
     sub.add_argument("--layout", default="thinker", help='module names: "thinker" (default) or "omni"')
 
+    sub = command("report", _report, "write an HTML page of a training run and an evaluation")
+    sub.add_argument("--train", type=Path, help="folder of a training run")
+    sub.add_argument("--eval", type=Path, help="folder of an evaluation")
+    sub.add_argument("--out", type=Path, required=True, help="the page")
+    sub.add_argument("--title", default="omnimem-train")
+    sub.add_argument("--note", action="append", default=[], help="a sentence for its top; may be repeated")
+
     command("selectors", _selectors, "list the selectors with source, cost and options")
     sub = command("tiny", _tiny, "write a tiny random Qwen2.5-Omni thinker, to try things without weights")
     sub.add_argument("folder", type=Path)
@@ -194,6 +201,14 @@ def _export(arguments: Any) -> None:
 
     report = export_adapter(arguments.checkpoint, arguments.out, model_path=arguments.model, layout=arguments.layout)
     print(f"{arguments.out}: " + ", ".join(f"{k} {v}" for k, v in report.items()))
+
+
+def _report(arguments: Any) -> None:
+    from omnimem_train.report import write_report
+
+    a = arguments
+    write_report(a.out, title=a.title, train=a.train, evaluation=a.eval, notes=a.note)
+    print(a.out)
 
 
 def _selectors(arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Errors a user can cause: what was found, why it is wrong, what to do. The command line prints them and exits with 2."""
+"""Errors a user can cause: what was found, why it is wrong, what to do. The command prints them and exits with 2."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def test_gradient_stops_before_the_last_chunks() -> None:
 
 def test_stop_layer_cuts_intermediate_chunks_only() -> None:
     model = ToyModel()
-    _, grads, media = loss_and_grads(model, BUDGETED, Gradient("stop_layer", layer=0), n=33)
+    _, _, media = loss_and_grads(model, BUDGETED, Gradient("stop_layer", layer=0), n=33)
     assert media[0, :28].abs().sum() == 0  # intermediate chunks give none at all
     assert media[0, 28:].abs().sum() > 1e-6
     _, below, media = loss_and_grads(model, BUDGETED, Gradient("stop_layer", layer=1), n=33)
