@@ -124,7 +124,7 @@ def test_stream_gives_the_tokens_of_the_whole_prompt(
 @pytest.mark.parametrize(
     ("scheme", "grid", "sounds", "group"),
     [
-        ("training", VideoGrid(3, 30, 2, 0.4), 60, 1),  # rows outrun the clock
+        ("training", VideoGrid(3, 70, 2, 0.4), 60, 1),  # rows outrun the clock
         ("training", VideoGrid(384, 1, 1, 0.21), 180, 1),  # float64 gives other ticks
         ("training", VideoGrid(4, 2, 40, 0.5), 0, 1),
         ("generation", VideoGrid(3, 30, 2, 0.4), 60, 1),
@@ -229,6 +229,15 @@ def test_what_waits_is_what_the_end_would_give_and_changes_nothing(model: Any) -
     assert waiting.n == last.n > 60
     assert torch.equal(waiting.positions, last.positions)
     assert torch.equal(text.positions, encoder.text(torch.tensor([5])).positions)
+
+
+def test_pictures_go_on_after_a_sound_that_ends_early(model: Any) -> None:
+    clip = made_up("both", 60.0, 29.0)
+    _, block = whole(model, "both", clip)
+    encoder, blocks = streamed(model, "both", clip, 60.0, max_timestamps=16)
+    got = TokenBlock.cat([*blocks, encoder.text(model.render(Turn(QUESTION)).ids)])
+    assert torch.equal(got.modality, block.modality)
+    assert torch.equal(got.positions, block.positions)
 
 
 def test_only_an_open_bracket_is_closed(model: Any) -> None:
