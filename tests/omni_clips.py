@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from transformers import WhisperFeatureExtractor
 
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, MediaWindow, StreamingModel, TokenBlock
 
@@ -58,3 +60,10 @@ def run(model: StreamingModel, clip: Clip, windows_at_once: int = 1, **options: 
     if (block := encoder.finish()) is not None:
         blocks.append(block)
     return TokenBlock.cat(blocks), encoder
+
+
+def stock_features(samples: np.ndarray) -> Tensor:
+    """Log-mel (128, frames) by the stock extractor; clips up to 30 s."""
+    extractor = WhisperFeatureExtractor(feature_size=128, chunk_length=30, return_attention_mask=True)
+    out = extractor(samples, sampling_rate=RATE, padding="max_length", return_attention_mask=True, return_tensors="pt")
+    return out["input_features"][0][:, out["attention_mask"][0].bool()]

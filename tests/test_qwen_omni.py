@@ -24,9 +24,6 @@ from omnimem_train.memory.state import LayerMemory
 from omnimem_train.models import attention
 from omnimem_train.models.interface import Tap
 from omnimem_train.models.loading import ModelConfig, load_model
-from omnimem_train.models.preprocess import (
-    read_settings,
-)
 from omnimem_train.models.tiny import SPECIAL, make_tiny
 
 
@@ -320,29 +317,3 @@ def test_bad_model_options_are_refused(nano_folder: Path) -> None:
         ModelConfig("x", attention="spda")
     with pytest.raises(UserError, match="cannot use the device"):
         load_model(nano_folder, device="warp:3")
-
-
-@pytest.mark.parametrize(
-    ("files", "limits"),
-    [
-        ({"preprocessor_config.json": {"min_pixels": 3136, "max_pixels": 12845056}}, (100352, 602112)),
-        ({"preprocessor_config.json": {"min_pixels": 784, "max_pixels": 3136}}, (784, 3136)),
-        ({"preprocessor_config.json": {"min_pixels": 3136, "max_pixels": 200000}}, (100352, 200000)),
-        (
-            {"processor_config.json": {"video_processor": {"size": {"shortest_edge": 3136, "longest_edge": 50176}}}},
-            (3136, 50176),
-        ),
-        (
-            {
-                "preprocessor_config.json": {"min_pixels": 3136, "max_pixels": 12845056},
-                "video_preprocessor_config.json": {"min_pixels": 784, "max_pixels": 1568},
-            },
-            (784, 1568),
-        ),
-    ],
-)
-def test_pixel_limits_of_checkpoints(tmp_path: Path, files: dict[str, Any], limits: tuple[int, int]) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    settings = read_settings(str(tmp_path))
-    assert (settings.min_pixels, settings.max_pixels) == limits

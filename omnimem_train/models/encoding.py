@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +14,42 @@ from omnimem_train.errors import UserError
 from omnimem_train.memory.state import TEXT
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, MediaWindow, TokenBlock
 from omnimem_train.models.layout import Layout, Waiting
-from omnimem_train.models.preprocess import MelStream, patchify, resize, scale_log_mel, smart_resize
-
-if TYPE_CHECKING:
-    from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
+from omnimem_train.models.preprocess import MelStream, Settings, patchify, resize, scale_log_mel, smart_resize
 
 SYSTEM = "You are a helpful assistant."  # of the published chat template
 MEL_BLOCK = 200  # mel frames of 2 s: the audio tower attends inside such blocks
+
+
+class Towers(Protocol):
+    """What an encoder asks of the model."""
+
+    hidden_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embeddings."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the towers are."""
+
+    def video_settings(self, min_pixels: int | None = None, max_pixels: int | None = None) -> Settings:
+        """The checkpoint's preprocessing with other pixel limits where given."""
+
+    def encode(self, text: str, *written_by_users: str) -> list[int]:
+        """Token ids of `text`, of which some parts were written by users."""
+
+    def token_ids(self, tokens: list[str]) -> list[int]:
+        """Ids of control tokens."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(n,) ids to (n, E)."""
+
+    def encode_pictures(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Patches and their grid to (tokens, E)."""
+
+    def encode_sound(self, log_mel: Tensor) -> Tensor:
+        """Scaled log-mel (mels, f) to (tokens, E)."""
 
 
 class OmniEncoder(MediaEncoder):
@@ -54,7 +83,7 @@ class OmniEncoder(MediaEncoder):
 
     def __init__(
         self,
-        model: Qwen2_5OmniStreaming,
+        model: Towers,
         info: MediaInfo,
         fps: float,
         *,
@@ -207,10 +236,7 @@ class OmniEncoder(MediaEncoder):
     def _encode_mel(self, log_mel: Tensor, end: bool) -> None:
         """Whole blocks of 2 s through the audio tower; at the end also the rest."""
         held = torch.cat([self.mel_held, log_mel], dim=1)
-        whole = held.shape[1] // MEL_BLOCK * MEL_BLOCK
-        rest = held.shape[1] - whole
-        if end and rest > 2:  # one or two frames are too few for a token
-            whole += rest
+        whole = held.shape[1] if end else held.shape[1] // MEL_BLOCK * MEL_BLOCK
         self.mel_held = held[:, whole:]
         if whole == 0:
             return

@@ -23,7 +23,7 @@ from omnimem_train.memory.state import AUDIO, VISUAL
 POSITIONS_PER_S = 25
 BLOCK_POSITIONS = 50
 NEVER = 2**62
-_NUMBERS = ("start", "patches", "audio_tokens", "block", "newest_key", "newest", "has_video", "has_audio")
+_NUMBERS = ("start", "patches", "audio_tokens", "block", "newest", "has_video", "has_audio")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Layout:
         interleaved: both kinds are in the stream, so tokens go in blocks.
         patches, audio_tokens: taken in so far.
         block: of the newest picture token.
-        newest_key, newest: key and largest position of the stock segment that left last (-1 before any).
+        newest: largest position of the stock segment that left last (-1 before any).
         time_s: of the newest token that left.
         waiting: tokens that cannot leave yet.
     """
@@ -99,7 +99,6 @@ class Layout:
     patches: int = 0
     audio_tokens: int = 0
     block: int = 0
-    newest_key: int = -1
     newest: int = -1
     time_s: float = 0.0
 
@@ -148,12 +147,9 @@ class Layout:
         left, out = self.waiting[~ready], self.waiting[ready]
         if len(out) == 0:
             return self, out
-        last = int(out.key[-1])
-        newest = int(out.positions[out.key == last].max())
-        if last == self.newest_key:
-            newest = max(newest, self.newest)
-        time_s = float(out.time_s[-1])
-        return replace(self, waiting=left, newest_key=last, newest=newest, time_s=time_s), out
+        # Of a segment that leaves in parts the last part has the largest position: time rises, patches come whole.
+        newest = int(out.positions[out.key == out.key[-1]].max())
+        return replace(self, waiting=left, newest=newest, time_s=float(out.time_s[-1])), out
 
     def ended(self, *, video: bool = True, audio: bool = True) -> Layout:
         """No more pictures, no more sound, or neither will come."""

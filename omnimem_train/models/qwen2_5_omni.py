@@ -8,11 +8,11 @@ in different versions of transformers (5.23: `model.language_model`, `model.visu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem_train.errors import UserError, nearest
-from omnimem_train.memory.positions import Rotary
-from omnimem_train.models.attention import NAME
+from omnimem_train.models.decoder import StockDecoder
 from omnimem_train.models.encoding import OmniEncoder
-from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Tap, Turn
+from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.layout import BLOCK_POSITIONS, POSITIONS_PER_S
 from omnimem_train.models.loading import find_file, read_json
 from omnimem_train.models.preprocess import Settings, peak_log_mel, read_settings, smart_resize
@@ -38,25 +37,23 @@ class Parts:
     Attributes:
         text: decoder with `embed_tokens`, `layers`, `norm`, `rotary_emb`.
         visual, audio: the two towers.
-        layers_prefix: of the names of the decoder layers in the thinker.
     """
 
     text: nn.Module
     visual: nn.Module
     audio: nn.Module
-    layers_prefix: str
 
     @classmethod
     def of(cls, thinker: nn.Module) -> Parts:
         """Find the parts of `thinker`."""
         inner: Any = thinker.model
         if hasattr(inner, "language_model"):
-            return cls(inner.language_model, inner.visual, inner.audio_tower, "model.language_model.layers.")
+            return cls(inner.language_model, inner.visual, inner.audio_tower)
         outer: Any = thinker
-        return cls(inner, outer.visual, outer.audio_tower, "model.layers.")
+        return cls(inner, outer.visual, outer.audio_tower)
 
 
-class Qwen2_5OmniStreaming(StreamingModel):
+class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
     """A Qwen2.5-Omni thinker that can be run on a stream.
 
     Args:
@@ -66,39 +63,24 @@ class Qwen2_5OmniStreaming(StreamingModel):
         attention: kernel of the decoder's attention, "sdpa" or "eager".
 
     Raises:
-        UserError: the decoder uses a sliding window, which a memory between chunks does not support.
+        UserError: the decoder uses a sliding window, or the model numbers time otherwise than streams are laid out.
     """
 
     def __init__(self, module: nn.Module, tokenizer: Any, preprocessing: Settings, attention: str = "sdpa") -> None:
-        self.module, self.tokenizer, self.preprocessing, self.attention = module, tokenizer, preprocessing, attention
         self.parts = Parts.of(module)
-        config: Any = self.parts.text.config
-        if config.use_sliding_window:
-            raise UserError(
-                "the checkpoint's decoder attends in a sliding window (use_sliding_window)",
-                cause="tokens outside the window would be invisible however long they are remembered",
-                remedy="set use_sliding_window to false in its config.json",
-            )
-        rates: Any = module.config
-        if (rates.position_id_per_seconds, rates.seconds_per_chunk) != (
-            POSITIONS_PER_S,
-            BLOCK_POSITIONS // POSITIONS_PER_S,
-        ):
-            raise UserError(
-                f"the checkpoint has {rates.position_id_per_seconds} positions a second in blocks of "
-                f"{rates.seconds_per_chunk} s",
-                cause="streams are laid out for 25 a second in blocks of 2 s, as all published checkpoints are",
-            )
-        module.set_attn_implementation({"text_config": NAME})  # type: ignore[operator]
-        self.n_layers = config.num_hidden_layers
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.hidden_size = config.hidden_size
-        self.head_dim = getattr(config, "head_dim", None) or self.hidden_size // self.heads
+        super().__init__(module, self.parts.text, cast(nn.Module, module.lm_head), attention)
+        self.tokenizer, self.preprocessing = tokenizer, preprocessing
         self.sampling_rate = preprocessing.sampling_rate
         self.eos_ids = tuple(self.token_ids(["<|im_end|>", "<|endoftext|>"]))
         self._control_tokens = [str(token) for token in tokenizer.all_special_tokens]
-        self._output_weights: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+        config: Any = module.config
+        rate, block_s = config.position_id_per_seconds, config.seconds_per_chunk
+        if (rate, rate * block_s) != (POSITIONS_PER_S, BLOCK_POSITIONS):
+            raise UserError(
+                f"the checkpoint has {rate} positions a second in blocks of {block_s} s",
+                cause="streams are laid out for 25 a second in blocks of 2 s, as all published checkpoints are",
+                remedy="use a published checkpoint, or one fine-tuned from it",
+            )
 
     @classmethod
     def from_checkpoint(cls, path: str, *, dtype: str, device: torch.device, attention: str) -> Qwen2_5OmniStreaming:
@@ -126,92 +108,6 @@ class Qwen2_5OmniStreaming(StreamingModel):
             )
         module.to(device).eval().requires_grad_(False)
         return cls(module, AutoTokenizer.from_pretrained(path), read_settings(path), attention)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the decoder is."""
-        return self.parts.text.embed_tokens.weight.device  # type: ignore[union-attr,return-value]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of keys, values and embeddings."""
-        return self.parts.text.embed_tokens.weight.dtype  # type: ignore[union-attr,return-value]
-
-    # decoder side ----------------------------------------------------------------------------------------------------
-
-    def rotary(self) -> Rotary:
-        """How keys are rotated: the sections of M-RoPE (`mrope_section`) go to time, row and column in turn."""
-        rope: Any = self.parts.text.rotary_emb
-        sections = self.parts.text.config.rope_parameters["mrope_section"]  # type: ignore[union-attr,index]
-        axes = torch.tensor([i % 3 for i in range(len(sections))])
-        axis = axes.repeat_interleave(torch.tensor(sections))
-        return Rotary(rope.inv_freq.detach().float(), axis.to(rope.inv_freq.device))
-
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for (B, n, 3) positions, in the form this version's layers take."""
-        like = torch.empty(0, dtype=self.dtype, device=positions.device)
-        return self.parts.text.rotary_emb(like, positions.permute(2, 0, 1))  # type: ignore[operator]
-
-    def run_layer(
-        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], tap: Tap, extras: Mapping[str, Tensor]
-    ) -> Tensor:
-        """One decoder layer on (B, n, E); attention goes through `tap`.
-
-        Raises:
-            UserError: gradient checkpointing of transformers is on: it drops keyword arguments that look like a cache.
-        """
-        block: Any = self.parts.text.layers[layer]  # type: ignore[index]
-        if getattr(block, "gradient_checkpointing", False):
-            raise UserError(
-                "gradient checkpointing of transformers is switched on in the decoder",
-                cause="it silently drops caches; streams checkpoint whole chunks instead",
-                remedy="call gradient_checkpointing_disable() on the model",
-            )
-        out = block(
-            hidden,
-            attention_mask=None,
-            position_embeddings=rope,
-            past_key_values=None,
-            use_cache=False,
-            tap=tap,
-            kernel=self.attention,
-        )
-        return out[0] if isinstance(out, tuple) else out
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and output matrix: (..., E) -> (..., vocabulary)."""
-        return self.module.lm_head(self.parts.text.norm(hidden))  # type: ignore[operator]
-
-    def output_weight(self, layer: int) -> Tensor:
-        """(E, H * D) output projection of a layer's attention, adapters included, detached.
-
-        With adapters that are being trained it is computed anew with each call: optimizers that write through `.data`
-        (DeepSpeed) leave no trace by which a stored one could be known to be stale.
-        """
-        projection: Any = self.parts.text.layers[layer].self_attn.o_proj  # type: ignore[index,union-attr]
-        if not hasattr(projection, "get_delta_weight"):
-            return projection.weight.detach()
-        base = projection.base_layer.weight
-        active = () if projection.disable_adapters or projection.merged else tuple(projection.active_adapters)
-        names = [name for name in active if name in projection.lora_A]
-        if not names:
-            return base.detach()
-        parameters = [base] + [side[name].weight for side in (projection.lora_A, projection.lora_B) for name in names]
-        state = (*names, *((id(p), p._version) for p in parameters))
-        stored = self._output_weights.get(layer)
-        trained = any(p.requires_grad for p in parameters[1:])
-        if stored is not None and stored[0] == state and not trained:
-            return stored[1]
-        with torch.no_grad():
-            delta = sum(projection.get_delta_weight(name).float() for name in names)
-            weight = (base.float() + delta).to(base.dtype)
-        if not trained:
-            self._output_weights[layer] = (state, weight)
-        return weight
-
-    def language_prefix(self) -> str:
-        """Common prefix of the names of the decoder layers in `module`."""
-        return self.parts.layers_prefix
 
     # encoder side ----------------------------------------------------------------------------------------------------
 
