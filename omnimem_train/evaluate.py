@@ -120,7 +120,7 @@ def extract_letter(text: str, n_options: int) -> str | None:
         rf"^\W*([{letters}])(?=$|[\s]*[.):,\]]|\s*$)",
         rf"(?i:answer|option|choice)(?:\s+(?i:is))?\s*[:=]?\s*\(?([{letters}])\b(?!\s+[a-z])",
         rf"\(([{letters}])\)",
-        rf"\b([{letters}])\b(?!\s+[a-z']|')",
+        rf"\b([{letters}])\b(?!\s+(?!(?:or|and)\b)[a-z']|')",
     )
     for pattern in patterns:
         found = set(re.findall(pattern, text))
@@ -169,6 +169,8 @@ class Evaluator:
         setting key)) is not run. What goes wrong while decoding or streaming
         (`FAILURES`) fails the items that needed it."""
         left = [s for s in self.settings if any((q.id, s.key()) not in skip for q in clip.questions)]
+        if not left:
+            return []
         results: list[ItemResult] = []
         broken: dict[str, str] = {}
         states = {s.key(): self.streams[s.key()].start() for s in left}

@@ -3,6 +3,7 @@
 The run's folder:
 
     config.yaml            the resolved settings
+    identity.json          what results depend on beside the memory: weights, questions, frames a second, ...
     settings.json          what was measured: key -> name, selector, budget, adapter, memory spec
     results-rank*.jsonl    one answer a line
     summary.json           accuracies with intervals, paired differences
@@ -11,6 +12,7 @@ The run's folder:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from omnimem_train.media import read_audio_blocks, read_windows
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel
 from omnimem_train.models.loading import ModelConfig
+from omnimem_train.session import model_fingerprint
 from omnimem_train.stats import Outcome, accuracy, compare, holm
 
 FULL = "full"
@@ -105,10 +108,11 @@ class EvalConfig:
         for budget in self.budgets:
             for entry in self.selectors:
                 name, fields = _named(entry)
+                spec = MemorySpec.from_dict(self.memory.to_dict() | fields)
                 if budget == FULL:
-                    specs[FULL] = self.memory.replace(selector="full", selector_options={}, budget=None, layer_table=())
+                    specs[FULL] = spec.replace(selector="full", selector_options={}, budget=None, layer_table=())
                 else:
-                    specs[f"{name}@{budget}"] = self.memory.replace(**fields, budget=budget, layer_table=())
+                    specs[f"{name}@{budget}"] = spec.replace(budget=budget, layer_table=())
         both = [
             flag
             for flag, wanted in ((False, self.with_base), (True, self.with_adapter and self.model.adapter))
@@ -201,6 +205,7 @@ def evaluate(
     settings = config.settings()
     if rank == 0:
         config.output.mkdir(parents=True, exist_ok=True)
+        check_identity(config, model)
         save_resolved(config, config.output / "config.yaml")
         about = {s.key(): describe(s) for s in settings}
         (config.output / "settings.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -214,6 +219,32 @@ def evaluate(
         (config.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         (config.output / "table.md").write_text(table(summary) + "\n")
     return summary
+
+
+def check_identity(config: EvalConfig, model: StreamingModel) -> None:
+    """Results already in the output folder must be of the same weights, questions and settings.
+
+    Raises:
+        UserError: they are not; says what differs.
+    """
+    assert config.data.items is not None
+    now = {
+        "weights": model_fingerprint(model),
+        "questions": hashlib.sha256(config.data.items.read_bytes()).hexdigest()[:16],
+        "data": {k: getattr(config.data, k) for k in ("form", "fps", "use_audio", "exact_mel")},
+        "encoder": config.encoder,
+        "method": [config.method, config.max_new_tokens],
+    }
+    path = config.output / "identity.json"
+    held = json.loads(path.read_text()) if path.exists() else now
+    differs = [f"{k}: {held.get(k)!r} there, {now[k]!r} now" for k in now if held.get(k) != now[k]]
+    if differs:
+        raise UserError(
+            f"{config.output} holds results of another evaluation ({'; '.join(differs)})",
+            cause="its answers would be taken for those of this one",
+            remedy="choose another output folder, or delete that one",
+        )
+    path.write_text(json.dumps(now, indent=2) + "\n")
 
 
 def describe(s: Setting) -> dict[str, Any]:

@@ -25,8 +25,12 @@ else
 fi
 
 say "4/5 export of the adapter"
-[ -f $run/adapter/memory.json ] && [ $run/adapter/memory.json -nt $run/train/metrics.jsonl ] && echo "kept: $run/adapter" ||
+if [ $run/adapter/memory.json -nt $run/train/metrics.jsonl ]; then
+    echo "kept: $run/adapter"
+else
+    rm -rf $run/eval # results of another adapter
     omnimem export $run/train $run/adapter
+fi
 
 say "5/5 evaluation: base and adapter, four selectors, two budgets and the full cache"
 omnimem eval recipes/quickstart_eval.yaml
