@@ -200,3 +200,10 @@ def test_bfloat16_keeps_the_same_tokens_mostly(nano_folder: Any) -> None:
         kept.append([set(layer.index[0, 0].tolist()) for layer in state.layers])
     shared = [len(a & b) / len(a) for a, b in zip(*kept, strict=True)]
     assert sum(shared) / len(shared) > 0.8
+
+
+def test_supervised_rows_come_right_before_their_tokens(nano_session: StreamingModel) -> None:
+    """The token after a supervised row is the target, closing marks in front or not."""
+    for question in encoded(nano_session, TURNS).questions:
+        table = nano_session.module.get_input_embeddings().weight
+        assert torch.equal(question.block.embeds[0, question.read + 1], table[question.targets])

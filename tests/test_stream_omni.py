@@ -200,3 +200,31 @@ def test_windows_must_follow_each_other(nano_session: StreamingModel) -> None:
     windows = media_windows("interleaved")
     with pytest.raises(UserError, match=r"starts at 2 s, the stream stands at 0 s"):
         fed(nano_session, windows[1:])
+
+
+def test_a_question_now_sees_what_the_encoder_holds_back(nano_session: StreamingModel) -> None:
+    """Asking after two windows equals asking a stream that ended there."""
+    ids = nano_session.render(Turn("What is the colour of the square?")).ids
+    answers = []
+    for ends in (False, True):
+        encoder, stream = nano_session.open(media_info("interleaved"), 2.0), Stream(nano_session, FULL)
+        state = stream.feed(stream.start(), encoder.start())
+        for window in media_windows("interleaved")[:2]:
+            if (block := encoder.push(window)) is not None:
+                state = stream.feed(state, block)
+        waiting = encoder.finish() if ends else encoder.waiting()
+        assert waiting is not None and waiting.n > 0
+        state = stream.feed(state, waiting) if ends else stream.caught_up(state, waiting)
+        assert state.n_run + (state.pending.n if state.pending else 0) > 100
+        answers.append(nano_session.logits(stream.ask(state, [encoder.text(ids)])[0, -1]))
+    torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
+
+
+def test_an_answer_ends_at_the_end_token(nano: StreamingModel) -> None:
+    ids = nano.render(Turn("What?")).ids
+    stream, encoder, state = stream_state(nano, "text", FULL)
+    answer = stream.generate(stream.caught_up(state), encoder, ids, 6)
+    assert len(answer) > 1
+    second = next(i for i, token in enumerate(answer) if token != answer[0])
+    nano.eos_ids = (answer[second],)
+    assert stream.generate(stream.caught_up(state), encoder, ids, 6) == answer[:second]

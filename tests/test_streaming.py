@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from toy import ToyModel, toy_question, toy_stream
 
+from omnimem_train import streaming
 from omnimem_train.errors import UserError
+from omnimem_train.memory.selector import Candidates, choose
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.memory.state import TEXT
+from omnimem_train.memory.state import TEXT, VISUAL
 from omnimem_train.models.interface import TokenBlock
 from omnimem_train.streaming import Gradient, Stream, StreamState
 
@@ -273,3 +277,87 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         Stream(ToyModel(), BUDGETED.replace(layer_table=(1, 2, 3, 4)))
     with pytest.raises(UserError, match="unknown gradient kind"):
         Gradient("some")
+
+
+# What a selector is told ----------------------------------------------------------------------------------------------
+
+
+def views(monkeypatch: pytest.MonkeyPatch, spec: MemorySpec) -> list[tuple[Candidates, Tensor]]:
+    """Every view a selector got while a stream of 33 tokens ran, with the rows that were chosen."""
+    seen = []
+
+    def spy(c: Candidates, *rest: Any) -> Any:
+        rows, scored = choose(c, *rest)
+        seen.append((c, rows))
+        return rows, scored
+
+    monkeypatch.setattr(streaming, "choose", spy)
+    stream = Stream(ToyModel(), spec)
+    stream.flush(stream.feed(stream.start(), toy_stream(33)))
+    return seen
+
+
+@pytest.mark.parametrize("selector", ["perturbation", "omnimem", "snapkv"])
+def test_what_a_selector_sees_is_what_the_layer_computed(monkeypatch: pytest.MonkeyPatch, selector: str) -> None:
+    """Its attention, times the values, through its output matrix, is the attention output of the layer."""
+    outputs: list[Tensor] = []
+    forward = torch.nn.Linear.forward
+
+    def record(self: torch.nn.Linear, x: Tensor) -> Tensor:
+        out = forward(self, x)
+        if self.bias is None and self.in_features == 32:  # the output projection of a toy layer
+            outputs.append(out)
+        return out
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", record)
+    spec = BUDGETED.replace(selector=selector)
+    count = len(views(monkeypatch, spec))
+    assert count == len(outputs) == 3 * 5
+    outputs.clear()
+    for (c, _), out in zip(views(monkeypatch, spec), outputs, strict=True):
+        weight = ToyModel().output_weight(c.layer)
+        if c.output_weight is not None:
+            assert torch.equal(c.output_weight, weight)
+        attention = torch.cat([p for p, _ in c.attention_blocks()], -2)  # (B, G, H/G, P, S)
+        heads = attention @ c.tokens.values[:, :, None]
+        b, g, group, p, d = heads.shape
+        mixed = heads.permute(0, 3, 1, 2, 4).reshape(b, p, g * group * d) @ weight.T
+        rows = c.query_rows - c.n_memory
+        assert (rows >= 0).all()
+        torch.testing.assert_close(mixed, out[:, rows], rtol=0, atol=1e-10)
+
+
+def test_random_choices_differ_by_chunk_and_layer_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = BUDGETED.replace(selector="random", chunk_tokens=11)
+    seeds = [c.seed for c, _ in views(monkeypatch, spec)]
+    assert len(set(seeds)) == len(seeds) == 9
+    assert [c.seed for c, _ in views(monkeypatch, spec)] == seeds
+    assert not set(seeds) & {c.seed for c, _ in views(monkeypatch, spec.replace(seed=1))}
+
+
+def test_evidence_is_stored_with_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for c, _ in views(monkeypatch, BUDGETED.replace(selector="omnimem", selector_options={"history": "average"})):
+        assert (c.tokens.evidence[:, :, : c.n_memory] > 0).all()
+        assert (c.tokens.evidence[:, :, c.n_memory :] == 0).all()
+
+
+def test_a_chunk_is_run_as_soon_as_it_is_full() -> None:
+    stream = Stream(ToyModel(), BUDGETED)
+    state = stream.feed(stream.start(), toy_stream(14))
+    assert (state.n_chunks, state.n_run, state.pending) == (2, 14, None)
+
+
+def test_a_compact_stream_goes_on_right_after_what_was_kept() -> None:
+    media = toy_stream(60)
+    stream = Stream(ToyModel(), BUDGETED.replace(positions="compact"))
+    for state in states_between_chunks(stream, media):
+        end = max(int(m.positions[..., 0].max()) for m in state.layers) + 1
+        if state.n_run > 11:  # something has been dropped by now
+            newest = int(media.positions[0, : state.n_run, 0].max())
+            assert newest + 1 + int(state.offset) == end == int(state.horizon) + 1
+        for m in state.layers:
+            same = (m.positions == m.positions[..., :1]).all(-1)
+            assert same[m.modality != VISUAL].all(), "text and sound move on all three axes together"
+            old = media.positions[0][m.index[0]]
+            picture = m.modality[0] == VISUAL
+            assert torch.equal(m.positions[0][picture][:, 1:], old[picture][:, 1:]), "rows and columns stay"
