@@ -128,6 +128,9 @@ def test_output_weight_is_what_the_layer_applies(nano: Any) -> None:
         b.mul_(0.5)
     torch.testing.assert_close(x @ nano.output_weight(1).T, applied(), rtol=0, atol=1e-5)
     assert not nano.output_weight(1).requires_grad
+    b.requires_grad_(True)  # training goes on: what was kept while frozen must not come back
+    b.data.mul_(3)
+    torch.testing.assert_close(x @ nano.output_weight(1).T, applied(), rtol=0, atol=1e-5)
 
 
 def test_output_weight_without_adapter(nano_session: Any) -> None:

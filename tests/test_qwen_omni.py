@@ -292,6 +292,7 @@ def test_bad_checkpoints_are_refused(nano_folder: Path, tmp_path: Path, monkeypa
         return str(error.value)
 
     assert "there is no model folder" in message(tmp_path / "absent")
+    assert "there is no model folder" in message(nano_folder / "config.json")
     assert "has no config.json" in message(copy("a", without="config.json"))
     assert "no weights" in message(copy("b", without="model.safetensors"))
     assert "preprocessor_config.json" in message(copy("c", without="preprocessor_config.json"))

@@ -1,1 +1,1 @@
-"""Models behind one interface: `load_model` picks the class by the checkpoint's `config.json`."""
+"""Models behind one interface: `loading.load_model` picks the class by the checkpoint's `config.json`."""
