@@ -192,7 +192,7 @@ def _changed(spec: Any, a: Any) -> Any:
         changes["chunk_tokens"] = a.chunk_tokens
     if a.budget is not None:
         budget = None if a.budget == "full" else int(a.budget) if a.budget.lstrip("-").isdigit() else a.budget
-        changes |= {"budget": budget, "layer_table": ()}
+        spec = spec.at(budget)
     return spec.replace(**changes)
 
 

@@ -31,7 +31,7 @@ from omnimem_train.models.loading import ModelConfig
 from omnimem_train.session import model_fingerprint
 from omnimem_train.stats import Outcome, accuracy, compare, holm
 
-FULL = "full"
+FULL, TABLE = "full", "table"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class EvalConfig:
         encoder: options of the model's encoder side.
         memory: what all settings share (chunk, positions, allocation, ...).
         selectors: names, or mappings of memory fields with a "name" for the table, e.g.
-            {name: snapkv-split, selector: snapkv, allocation: split, allocation_options: {audio_share: 0.25}}.
-        budgets: tokens a layer (or sizes such as "64MiB"), and "full" for no compression.
+            {name: snapkv-split, selector: snapkv, allocation: split, allocation_options: {audio: 0.25}}.
+        budgets: tokens a layer (or sizes such as "64MiB"), "full" for no compression, and "table" for
+            `memory.layer_table` as it is. With a table, a number is the mean that it is scaled to.
         with_base, with_adapter: measure without and (if there is one) with the adapter.
         method, max_new_tokens: how an answer is read (see `omnimem_train.evaluate.Evaluator`).
         output: folder of the run. Answers already there are not measured again.
@@ -109,16 +110,24 @@ class EvalConfig:
             for entry in self.selectors:
                 name, fields = _named(entry)
                 spec = MemorySpec.from_dict(self.memory.to_dict() | fields)
-                if budget == FULL:
-                    specs[FULL] = spec.replace(selector="full", selector_options={}, budget=None, layer_table=())
-                else:
-                    specs[f"{name}@{budget}"] = spec.replace(budget=budget, layer_table=())
+                specs[FULL if budget == FULL else f"{name}@{budget}"] = _at(spec, budget)
         both = [
             flag
             for flag, wanted in ((False, self.with_base), (True, self.with_adapter and self.model.adapter))
             if wanted
         ]
         return [Setting(f"{name}{'+adapter' if a else ''}", spec, a) for a in both for name, spec in specs.items()]
+
+
+def _at(spec: MemorySpec, budget: int | str) -> MemorySpec:
+    """`spec` with an entry of `EvalConfig.budgets`."""
+    if budget == FULL:
+        return spec.replace(selector="full", selector_options={}, budget=None, layer_table=())
+    if budget != TABLE:
+        return spec.at(budget)
+    if not spec.layer_table:
+        raise UserError("budget 'table' without a layer table", remedy="name a table file: memory.layer_table=PATH")
+    return spec
 
 
 def _named(entry: Any) -> tuple[str, dict[str, Any]]:
@@ -250,7 +259,7 @@ def check_identity(config: EvalConfig, model: StreamingModel) -> None:
 def describe(s: Setting) -> dict[str, Any]:
     """A setting as plain values."""
     name, _, _ = s.name.removesuffix("+adapter").partition("@")
-    budget = FULL if s.spec.unlimited else s.spec.budget
+    budget = FULL if s.spec.unlimited else s.spec.mean_tokens
     return {"name": s.name, "method": name, "budget": budget, "adapter": s.adapter, "memory": s.spec.to_dict()}
 
 

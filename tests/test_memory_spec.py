@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from omnimem_train.config import load_config
 from omnimem_train.errors import UserError
 from omnimem_train.memory import LayerBudget, MemorySpec, make_allocation, make_selector, parse_bytes
 
@@ -162,7 +163,7 @@ def test_text_beside_the_budget_or_inside() -> None:
         ({"positions": "relative"}, "unknown positions 'relative'"),
         ({"positions": 3}, "unknown positions 3"),
         ({"layer_table": 5}, "layer_table=5 is not a list"),
-        ({"layer_table": "512"}, "layer_table='512' is not a list"),
+        ({"layer_table": "512"}, "cannot read the layer table '512'"),
         ({"layer_table": ["512"]}, "entry '512' of the layer table is neither"),
         ({"layer_table": [[1, 2, 3]]}, "entry [1, 2, 3] of the layer table is neither"),
         ({"layer_table": [[0, 0]]}, "entry [0, 0] of the layer table is neither"),
@@ -214,3 +215,41 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
 def test_specs_build_what_they_name() -> None:
     assert FULL.make_selector() == make_selector("snapkv", window_size=8, redundancy="later_key")
     assert FULL.make_allocation() == make_allocation("split", audio=0.4)
+
+
+def test_tables_from_files(tmp_path: Path) -> None:
+    plain, several, calibrated = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"
+    plain.write_text("[7, [2, 3]]")
+    several.write_text('{"mixed": [[4, 5], 6], "even": [8, 8]}')
+    calibrated.write_text('{"format": 1, "layer_table": [1, 9], "layers": [{}, {}]}')
+    assert MemorySpec(layer_table=str(plain)).layer_table == (7, (2, 3))
+    assert MemorySpec.from_dict({"layer_table": f"{several}#mixed"}).layer_table == ((4, 5), 6)
+    spec = load_config(MemorySpec, None, [f"layer_table={calibrated}"])
+    assert spec.layer_table == (1, 9)
+    assert spec.fingerprint() == MemorySpec(layer_table=[1, 9]).fingerprint()  # a spec holds numbers, not a path
+    for source, message in (
+        (tmp_path / "none.json", "cannot read the layer table"),
+        (several, "which of its tables"),
+        (f"{several}#mixd", "none of them 'mixd'; did you mean 'mixed'"),
+        (f"{plain}#mixed", "one layer table, without names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            MemorySpec(layer_table=str(source))
+    for content in ("[]", "5", '"x"'):
+        plain.write_text(content)
+        with pytest.raises(UserError, match="is not a layer table"):
+            MemorySpec(layer_table=str(plain))
+    plain.write_text('[5, "x"]')
+    with pytest.raises(UserError, match="entry 'x' of the layer table"):
+        MemorySpec(layer_table=str(plain))
+
+
+def test_a_table_is_scaled_to_a_mean() -> None:
+    spec = MemorySpec(budget=None, layer_table=[10, [10, 30], [0, 70]])
+    assert spec.mean_tokens == 40
+    assert spec.at(80, chunk_tokens=5).layer_table == (20, [20, 60], [1, 140])
+    assert spec.at(80).mean_tokens == 80
+    assert spec.at(None).mean_tokens is None
+    assert MemorySpec(budget="1MiB").at("2MiB").mean_tokens == "2MiB"
+    with pytest.raises(UserError, match="cannot be scaled to the size '1MiB'"):
+        spec.at("1MiB")

@@ -26,6 +26,7 @@ from omnimem_train.memory.selector import (
 )
 from omnimem_train.memory.spec import LayerBudget, MemorySpec, parse_bytes
 from omnimem_train.memory.state import AUDIO, MODALITIES, TEXT, VISUAL, LayerMemory
+from omnimem_train.memory.tables import load_layer_table
 
 __all__ = [
     "AUDIO",
@@ -55,6 +56,7 @@ __all__ = [
     "infinipot",
     "layer_complexity",
     "layer_table",
+    "load_layer_table",
     "make_allocation",
     "make_selector",
     "omnimem",

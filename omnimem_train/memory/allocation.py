@@ -140,12 +140,16 @@ class Avba:
 
     def counts(self, c: Candidates, scored: Scored, budget: int) -> Counts:
         """Shares from the complexities."""
+        return split(c, self.audio_share(c, scored), budget, self.floor)
+
+    def audio_share(self, c: Candidates, scored: Scored) -> Tensor:
+        """(B, 1) float64, the share of sound before floor and hand-over."""
         mass, redundancy = used(c, scored), repeated(c, scored)
         found = []
         for kind in (VISUAL, AUDIO):
             measured, log_n = complexity(mass, redundancy, c.tokens.modality == kind)
             found.append((measured / log_n.clamp(min=math.log(2))).mean(dim=1, keepdim=True))
-        return split(c, _share(c, found[0] * self.prior, found[1]), budget, self.floor)
+        return _share(c, found[0] * self.prior, found[1])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from omnimem_train.errors import UserError, nearest
 from omnimem_train.memory.allocation import make_allocation
 from omnimem_train.memory.options import values
 from omnimem_train.memory.selector import Allocation, Selector, make_selector
+from omnimem_train.memory.tables import load_layer_table
 
 FORMAT = 1
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -53,7 +54,8 @@ class MemorySpec:
         allocation: how a layer's budget is split over modalities.
         allocation_options: its options.
         layer_table: one entry a layer, a number of tokens or [audio, visual]; replaces `budget` (published OmniMem
-            tables have this form). Empty: every layer gets `budget`.
+            tables have this form). Empty: every layer gets `budget`. May be given as the path of a table file (see
+            `omnimem_train.memory.tables`); the spec then holds its entries.
         positions: "absolute" keeps each key at its position in the stream; "compact" closes the gaps that eviction
             leaves and moves kept keys there (see `omnimem_train.memory.positions`).
         max_gap: with compact positions, the largest temporal step left between two kept tokens.
@@ -69,7 +71,7 @@ class MemorySpec:
     chunk_tokens: int = 2048
     allocation: str = "shared"
     allocation_options: dict[str, Any] = field(default_factory=dict)
-    layer_table: tuple[Any, ...] = ()
+    layer_table: tuple[Any, ...] | str = ()
     positions: str = "absolute"
     max_gap: int = 1
     count_text: bool = False
@@ -77,10 +79,12 @@ class MemorySpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer_table, str | Path):
+            object.__setattr__(self, "layer_table", load_layer_table(self.layer_table))
         if not isinstance(self.layer_table, list | tuple):
             raise UserError(
                 f"memory layer_table={self.layer_table!r} is not a list",
-                remedy="give one entry a layer, e.g. [512, 512]",
+                remedy="give one entry a layer, e.g. [512, 512], or the path of a table file",
             )
         for name in ("selector_options", "allocation_options"):
             if not isinstance(getattr(self, name), dict):
@@ -121,16 +125,25 @@ class MemorySpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    def at(self, budget: int | None, chunk_tokens: int | None = None) -> MemorySpec:
+    def at(self, budget: int | str | None, chunk_tokens: int | None = None) -> MemorySpec:
         """This spec with another budget: `budget` tokens a layer, None for no limit, and, if given, another chunk.
 
         A layer table keeps its shape and is scaled so that its mean is `budget` (every entry at least 1 token).
+
+        Raises:
+            UserError: a size in bytes for a spec with a layer table.
         """
         chunk = self.chunk_tokens if chunk_tokens is None else chunk_tokens
         if budget is None:
             return self.replace(budget=None, layer_table=(), chunk_tokens=chunk)
         if not self.layer_table:
             return self.replace(budget=budget, chunk_tokens=chunk)
+        if isinstance(budget, str):
+            raise UserError(
+                f"a layer table cannot be scaled to the size {budget!r}",
+                cause="tables are scaled to a mean number of tokens a layer",
+                remedy="give that number, or leave out memory.layer_table",
+            )
         entries = [_table_entry(entry) for entry in self.layer_table]
         factor = budget * len(entries) / sum(e.total for e in entries)
 
@@ -142,6 +155,13 @@ class MemorySpec:
             for e in entries
         ]
         return self.replace(budget=budget, layer_table=tuple(table), chunk_tokens=chunk)
+
+    @property
+    def mean_tokens(self) -> int | str | None:
+        """Tokens a layer as a label: the mean of the layer table, rounded, else `budget`; None when unlimited."""
+        if self.unlimited or not self.layer_table:
+            return None if self.unlimited else self.budget
+        return round(sum(_table_entry(entry).total for entry in self.layer_table) / len(self.layer_table))
 
     @property
     def unlimited(self) -> bool:
