@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--selector", help="see `omnimem selectors`")
     sub.add_argument("--chunk-tokens", type=int)
     sub.add_argument("--fps", type=float, default=2.0, help="frames a second (default 2)")
+    sub.add_argument("--encoder", action="append", default=[], metavar="KEY=VALUE", help="e.g. max_pixels=176400")
     sub.add_argument("--reader", default="decord", help="decord or pyav")
     sub.add_argument("--max-new-tokens", type=int, default=128)
     sub.add_argument("--dtype", default="auto")
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, help="run folder or checkpoint")
     sub.add_argument("out", type=Path)
     sub.add_argument("--model", help="base model, if it has moved since training")
-    sub.add_argument("--layout", default="thinker", help='module names: "thinker" (default) or "omni"')
+    sub.add_argument("--layout", help="names of modules: thinker or omni; for video-SALMONN 2+ peft or salmonn")
 
     sub = command("report", _report, "write an HTML page of a training run and an evaluation")
     sub.add_argument("--train", type=Path, help="folder of a training run")
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("tiny", _tiny, "write a tiny random Qwen2.5-Omni thinker, to try things without weights")
     sub.add_argument("folder", type=Path)
     sub.add_argument("--size", default="tiny", help="tiny (2.5 M parameters) or nano (0.3 M)")
+    sub.add_argument("--salmonn", metavar="BACKBONE", help="a video-SALMONN 2+ instead: qwen2_5_vl or qwen3_vl (0.4 M)")
     sub.add_argument("--seed", type=int, default=0)
     return top
 
@@ -169,7 +171,7 @@ def _ask(arguments: Any) -> None:
     with read_windows(
         a.video, fps=a.fps, window_s=model.window_s(a.fps), sampling_rate=model.sampling_rate, reader=a.reader
     ) as windows:
-        session = StreamSession(model, spec, windows.info, a.fps)
+        session = StreamSession(model, spec, windows.info, a.fps, **_options(a.encoder))
         for window in _bar("windows", True, windows):
             session.feed(window)
     print(session.ask(a.question, a.max_new_tokens))
@@ -181,6 +183,14 @@ def _ask(arguments: Any) -> None:
     )
     if a.save is not None:
         session.save(a.save)
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Encoder options from KEY=VALUE; values are YAML, as in recipes."""
+    from omnimem_train.config import load_config
+    from omnimem_train.run_config import RunConfig
+
+    return load_config(RunConfig, None, [f"encoder.{pair}" for pair in pairs]).encoder
 
 
 def _changed(spec: Any, a: Any) -> Any:
@@ -219,6 +229,11 @@ def _selectors(arguments: Any) -> None:
 
 
 def _tiny(arguments: Any) -> None:
+    from omnimem_train.models.salmonn.tiny import make_tiny_salmonn
     from omnimem_train.models.tiny import make_tiny
 
-    print(make_tiny(arguments.folder, arguments.seed, arguments.size))
+    a = arguments
+    if a.salmonn is not None:
+        print(make_tiny_salmonn(a.folder, a.seed, a.salmonn))
+    else:
+        print(make_tiny(a.folder, a.seed, a.size))

@@ -13,15 +13,13 @@ from omnimem_train.checkpoint import find_checkpoint, load_checkpoint, read_meta
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import StreamingModel
-from omnimem_train.models.loading import load_model
-from omnimem_train.models.lora import WEIGHTS, LoraSettings, add_lora, lora_parameters, save_adapter
+from omnimem_train.models.loading import load_model, model_class
+from omnimem_train.models.lora import WEIGHTS, LoraSettings, add_lora, check_layout, lora_parameters, save_adapter
 from omnimem_train.session import model_fingerprint
-
-LAYOUTS = ("thinker", "omni")
 
 
 def export_adapter(
-    checkpoint: Path, out: Path, *, model_path: str | None = None, layout: str = "thinker", device: str = "cpu"
+    checkpoint: Path, out: Path, *, model_path: str | None = None, layout: str | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Write the adapter of a training checkpoint.
 
@@ -29,8 +27,9 @@ def export_adapter(
         checkpoint: a checkpoint, or a run's folder for its newest one.
         out: folder to write into: adapter_config.json, adapter_model.safetensors, memory.json, README.md.
         model_path: the base model, if it is elsewhere than in training.
-        layout: "thinker" names modules for the stock thinker class of the installed transformers, "omni" for the full
-            Omni model.
+        layout: how modules are named, one of the model's `adapter_layouts`; by default as plain peft names them for the
+            class of the installed transformers. Qwen2.5-Omni: "thinker", or "omni" for the full Omni model.
+            video-SALMONN 2+: "peft", or "salmonn" for the public code.
 
     Returns:
         What the check found ("modules", "trained", "parameters"), and "step".
@@ -38,20 +37,19 @@ def export_adapter(
     Raises:
         UserError: no checkpoint, a base model that does not fit, or an adapter that was never trained.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"unknown adapter layout {layout!r}", remedy=f"choose one of: {', '.join(LAYOUTS)}")
     folder = find_checkpoint(checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint)
     content = read_meta(folder)
     meta = content["meta"]
     settings = meta["config"]
     path = model_path or settings["model"]["path"]
+    layout = check_layout(model_class(path), layout)
     model = load_model(path, dtype=settings["model"]["dtype"], device=device)
     add_lora(model, LoraSettings(**(settings["lora"] | {"targets": tuple(settings["lora"]["targets"])})))
     held = load_checkpoint(folder, world_size=content["world_size"])
     with torch.no_grad():
         for name, parameter in lora_parameters(model):
             parameter.copy_(held.tensors["adapter"][name])
-    report: dict[str, Any] = save_adapter(model, out, inside_omni=layout == "omni")
+    report: dict[str, Any] = save_adapter(model, out, layout=layout)
     if report["trained"] == 0:
         raise UserError(
             f"the adapter in {folder} changes nothing", cause="all its B matrices are zero: not trained yet"
@@ -59,6 +57,7 @@ def export_adapter(
     spec = MemorySpec.from_dict(settings["memory"])
     about = {
         "base_model": path,
+        "model_class": type(model.module).__name__,
         "base_fingerprint": model_fingerprint(model, adapters=False),
         "adapter_sha256": sha256(out / WEIGHTS),
         "trained_budgets": settings["budgets"],
@@ -132,6 +131,6 @@ chunks of {spec.chunk_tokens} tokens, {spec.positions} positions.
 omnimem ask VIDEO "question" --model {about["base_model"]} --adapter THIS_FOLDER
 ```
 
-The adapter alone loads with `PeftModel.from_pretrained` on the stock class. Trained with
+In the default layout the adapter alone loads with `PeftModel.from_pretrained` on `{about["model_class"]}`. Trained with
 {", ".join(f"{k} {v}" for k, v in about["versions"].items() if v not in ("not installed", "None"))}.
 """

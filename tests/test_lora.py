@@ -174,7 +174,7 @@ def test_adapters_of_other_versions_load(nano: Any, nano_folder: Path, tmp_path:
 
 def test_saving_for_the_full_omni_model(nano: Any, nano_folder: Path, tmp_path: Path) -> None:
     adapted(nano)
-    save_adapter(nano, tmp_path, inside_omni=True)
+    save_adapter(nano, tmp_path, layout="omni")
     inside = torch.nn.Module()
     inside.thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(nano_folder).eval()
     inside.config = {"model_type": "custom"}

@@ -9,6 +9,7 @@ Shape legend: see `omnimem_train.memory.state`.
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -216,6 +217,8 @@ class StreamingModel(ABC):
     module: nn.Module
     tokenizer: Any
     adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
+    adapter_layouts: tuple[str, ...] = ("peft",)
+    """Names under which an adapter can be exported. The first is what peft writes for the class of `module`."""
 
     @property
     @abstractmethod
@@ -280,6 +283,11 @@ class StreamingModel(ABC):
         for name, module in self.module.named_modules():
             if name.startswith(prefix):
                 yield name, module
+
+    def convert_adapter(self, source: Path, target: Path, layout: str) -> None:
+        """Write the adapter folder `source`, in the first of `adapter_layouts`, to `target` in `layout`."""
+        assert layout == self.adapter_layouts[0]
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
     @abstractmethod
     def language_prefix(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -148,40 +149,60 @@ def disable_adapter(model: StreamingModel) -> Iterator[None]:
 
 
 def save_adapter(
-    model: StreamingModel, folder: str | Path, *, state: Mapping[str, Tensor] | None = None, inside_omni: bool = False
+    model: StreamingModel, folder: str | Path, *, state: Mapping[str, Tensor] | None = None, layout: str | None = None
 ) -> dict[str, int]:
     """Write the adapter in peft's format, read it back and check it.
 
-    A plain `PeftModel.from_pretrained(stock_model, folder)` loads it on the stock thinker of the transformers version
-    it was written with; `load_adapter` loads it under any supported version.
+    A plain `PeftModel.from_pretrained(module, folder)` loads it on the class of `model.module`, in the transformers
+    version it was written with; `load_adapter` loads it under any supported version, in any layout.
 
     Args:
         folder: made if need be; adapter_config.json and adapter_model.safetensors are replaced.
         state: names in `model.module` -> tensors, for sharded training where parameters do not hold their values;
             None to take them from the model.
-        inside_omni: name the modules as they are in the full Omni model (`thinker.` in front).
+        layout: one of `model.adapter_layouts`, the first of them without it.
 
     Returns:
         See `check_adapter`.
 
     Raises:
-        UserError: the model has no adapter.
+        UserError: the model has no adapter, or no such layout.
     """
     if model.adapter is None:
         raise UserError("the model has no adapter to save", remedy="train or load one first")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = WRAPPED + ("thinker." if inside_omni else "")
+    layout = check_layout(model, layout)
+    with tempfile.TemporaryDirectory() as plain:
+        _write(model, Path(plain), state)
+        model.convert_adapter(Path(plain), Path(folder), layout)
+    return check_adapter(model, folder)
+
+
+def check_layout(model: StreamingModel | type[StreamingModel], layout: str | None) -> str:
+    """`layout`, or the model's own.
+
+    Raises:
+        UserError: the model has no such layout.
+    """
+    known = model.adapter_layouts
+    if layout is not None and layout not in known:
+        raise UserError(
+            f"unknown adapter layout {layout!r}{nearest(layout, known)}",
+            remedy=f"for this model choose one of: {', '.join(known)}",
+        )
+    return layout or known[0]
+
+
+def _write(model: StreamingModel, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    """The adapter as peft writes it."""
     tensors = {}
     for name, parameter in lora_parameters(model):
         value = parameter if state is None else state[name]
-        tensors[prefix + name.replace(f".{NAME}.", ".")] = value.detach().cpu().contiguous().clone()
+        tensors[WRAPPED + name.replace(f".{NAME}.", ".")] = value.detach().cpu().contiguous().clone()
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     config = model.adapter.peft_config[NAME].to_dict()
     config |= {"inference_mode": True, "peft_type": "LORA"}
     text = json.dumps({k: _plain(v) for k, v in sorted(config.items())}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    return check_adapter(model, folder)
 
 
 def check_adapter(model: StreamingModel, folder: str | Path) -> dict[str, int]:

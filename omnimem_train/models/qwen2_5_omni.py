@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -65,6 +67,8 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
     Raises:
         UserError: the decoder uses a sliding window, or the model numbers time otherwise than streams are laid out.
     """
+
+    adapter_layouts = ("thinker", "omni")
 
     def __init__(self, module: nn.Module, tokenizer: Any, preprocessing: Settings, attention: str = "sdpa") -> None:
         self.parts = Parts.of(module)
@@ -197,6 +201,14 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
         """Audio tower: scaled log-mel (mels, f), f > 2, to (tokens, E)."""
         frames = torch.tensor([log_mel.shape[1]], device=self.device)
         return self.parts.audio(log_mel.to(self.device, self.dtype), feature_lens=frames).last_hidden_state
+
+    def convert_adapter(self, source: Path, target: Path, layout: str) -> None:
+        """As in the interface. "thinker": names of the stock thinker class; "omni": of the full Omni model."""
+        super().convert_adapter(source, target, self.adapter_layouts[0])
+        if layout == "omni":
+            tensors = load_file(source / "adapter_model.safetensors")
+            renamed = {k.replace("base_model.model.", "base_model.model.thinker.", 1): v for k, v in tensors.items()}
+            save_file(renamed, target / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def embed(self, ids: Tensor) -> Tensor:
         """(n,) ids to (n, E), detached: the embedding matrix is never trained here."""

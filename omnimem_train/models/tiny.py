@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,31 +128,37 @@ def make_tiny(folder: str | Path, seed: int = 0, size: str = "tiny") -> Path:
 
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
-    """A byte-pair tokenizer of Qwen's kind: 256 bytes, some merges, the special tokens."""
+    """The tokenizer of the tiny thinker."""
+    named = {
+        "image_token": "<|IMAGE|>",
+        "audio_token": "<|AUDIO|>",
+        "video_token": "<|VIDEO|>",
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
+    tokenizer = byte_pairs(SPECIAL, extra_special_tokens=named)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def byte_pairs(special: Sequence[str], **options: Any) -> Qwen2Tokenizer:
+    """A byte-pair tokenizer of Qwen's kind: 256 bytes, some merges, the `special` tokens in their order."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=498, initial_alphabet=alphabet, show_progress=False, min_frequency=1)
     learner.train_from_iterator([" " + w for w in WORDS.split()] + WORDS.split(), trainer)
     model = json.loads(learner.to_str())["model"]
-    vocabulary = model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(SPECIAL)}
     tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary,
+        vocab=model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(special)},
         merges=[tuple(pair) for pair in model["merges"]],
         eos_token="<|im_end|>",
-        extra_special_tokens={
-            "image_token": "<|IMAGE|>",
-            "audio_token": "<|AUDIO|>",
-            "video_token": "<|VIDEO|>",
-            "vision_bos_token": "<|vision_bos|>",
-            "vision_eos_token": "<|vision_eos|>",
-            "audio_bos_token": "<|audio_bos|>",
-            "audio_eos_token": "<|audio_eos|>",
-        },
         model_max_length=32768,
+        **options,
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 
 

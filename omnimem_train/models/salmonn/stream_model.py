@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from omnimem_train.errors import UserError, nearest
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.salmonn import media
+from omnimem_train.models.salmonn.adapter import export_adapter
 from omnimem_train.models.salmonn.decoder import VideoSalmonn2Decoder
 from omnimem_train.models.salmonn.encoder import SalmonnEncoder
 from omnimem_train.models.salmonn.media import SAMPLING_RATE, Sampling
@@ -31,6 +33,8 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
         attention: kernel of the decoder's attention, "sdpa" or "eager".
     """
 
+    adapter_layouts = ("peft", "salmonn")
+
     def __init__(
         self, module: VideoSalmonn2ForConditionalGeneration, processor: VideoSalmonn2Processor, attention: str = "sdpa"
     ) -> None:
@@ -49,6 +53,13 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
         module = VideoSalmonn2ForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         module.to(device).eval().requires_grad_(False)
         return cls(module, VideoSalmonn2Processor.from_pretrained(path), attention)
+
+    def convert_adapter(self, source: Path, target: Path, layout: str) -> None:
+        """As in the interface. "peft": names of the class here; "salmonn": those of the public code."""
+        if layout == "salmonn":
+            export_adapter(source, target, self.config.backbone)
+        else:
+            super().convert_adapter(source, target, layout)
 
     def open(self, info: MediaInfo, fps: float, **options: Any) -> MediaEncoder:
         """The encoder side of a new stream; options as in `SalmonnEncoder`.
