@@ -31,6 +31,9 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        assert tag in VOID
+
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
