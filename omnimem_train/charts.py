@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 56, 150, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 72, 150, 14, 42
 # Okabe & Ito's palette, told apart by colour-blind readers; lines also differ in label.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8a6d00", "#777777")
 
