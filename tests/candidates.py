@@ -10,7 +10,7 @@ from omnimem_train.memory import AUDIO, TEXT, VISUAL, Candidates, LayerMemory, P
 # A moment of a stream: (modality, row, column) of its tokens.
 MOMENTS = {
     "both": [(TEXT, 0, 0), *((VISUAL, r, k) for r in range(2) for k in range(3)), (AUDIO, 0, 0), (AUDIO, 0, 0)],
-    "visual": [(TEXT, 0, 0), *((VISUAL, r, k) for r in range(2) for k in range(3))],
+    "visual": [(TEXT, 0, 0), *((VISUAL, r, k) for r in range(3) for k in range(3))],
     "audio": [(AUDIO, 0, 0), (AUDIO, 0, 0), (AUDIO, 0, 0)],
     "text": [(TEXT, 0, 0)],
 }

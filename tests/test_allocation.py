@@ -233,6 +233,10 @@ def test_layer_table_is_a_softmax_with_an_exact_sum() -> None:
     assert layer_table([1.0, 1.0, 1.0], 9) == [3, 3, 3]
     assert layer_table([0.0, 0.2 * math.log(3)], 2 + 400, temperature=0.2) == [101, 301]
     assert layer_table([0.0, 100.0], 10) == [1, 9]
+    assert layer_table([0.0, 0.2 * math.log(4)], 4) == [
+        1,
+        3,
+    ]  # 0.4 and 1.6 of the 2 to spare: the larger rest rounds up
     for total in range(5, 60):
         table = layer_table([0.1, 0.5, 0.2, 0.9, 0.3], total)
         assert sum(table) == total

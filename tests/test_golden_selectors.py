@@ -119,7 +119,7 @@ def kvpress_selector(case: dict[str, Any]) -> Selector:
             pytest.skip(f"critical_kv is built over snapkv, not over {inner}")
         # The original multiplies the ratio with S (1 - c) before rounding that down; we are given the rounded budget.
         first = case["first_stage_budget"]
-        if max(1, math.floor(case["n_kept"] * options["first_stage_ratio"])) != first:
+        if first > 0 and max(1, math.floor(case["n_kept"] * options["first_stage_ratio"])) != first:
             options["first_stage_ratio"] = min(1.0, (first + 0.5) / case["n_kept"])
     return make_selector(name, **options)
 

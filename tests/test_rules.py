@@ -253,23 +253,36 @@ def test_critical_kv_spends_its_first_stage_on_media() -> None:
 
 
 def test_infinipot_reads_partial_frames() -> None:
-    """Slots come from positions: dropping tokens of old frames leaves the novelty of the others as it was."""
+    """Slots come from positions: dropping tokens of old frames leaves novelty and pooling of the others alone."""
     selector = InfiniPotV()
-    whole = candidates(selector, mix="visual", n_forgotten=0, n_chunk=22, batch=1, dtype=torch.float64)
-    partial = candidates(selector, mix="visual", n_forgotten=9, n_chunk=22, batch=1, dtype=torch.float64)
-    two = torch.full((1, 2), 2)
-    wanted = novelty(whole.tokens.keys, frames_of(whole, VISUAL, False), two)
-    found = novelty(partial.tokens.keys, frames_of(partial, VISUAL, False), two)
+    whole, partial = (
+        candidates(selector, mix="visual", n_forgotten=n, n_chunk=22, batch=1, dtype=torch.float64) for n in (0, 9)
+    )
     index = partial.tokens.index
     assert index.shape[-1] < whole.n
-    torch.testing.assert_close(found, wanted.gather(-1, index))
-    for layer in range(4):
-        flat = torch.ones(partial.shape, dtype=torch.float64)
-        all_there = pooled(torch.ones(whole.shape, dtype=torch.float64), frames_of(whole, VISUAL, False), layer, 4)
-        some = pooled(flat, frames_of(partial, VISUAL, False), layer, 4)
-        if layer != 2:  # the token line closes up, so its ends move
-            visual = partial.tokens.modality == VISUAL
-            torch.testing.assert_close(some[visual], all_there.gather(-1, index)[visual])
+    frames, frames_left = (frames_of(c, VISUAL, False) for c in (whole, partial))
+    two = torch.full((1, 2), 2)
+    wanted = novelty(whole.tokens.keys, frames, two).gather(-1, index)
+    torch.testing.assert_close(novelty(partial.tokens.keys, frames_left, two), wanted)
+    visual = partial.tokens.modality == VISUAL
+    ones = torch.ones(whole.shape, dtype=torch.float64)
+    for layer in (0, 1, 3):  # (in layer 2 the token line closes up)
+        wanted = pooled(ones, frames, layer, 4)
+        assert (wanted[whole.tokens.modality == VISUAL].min() < 1) == (layer < 3), "borders lose score"
+        found = pooled(torch.ones(partial.shape, dtype=torch.float64), frames_left, layer, 4)
+        torch.testing.assert_close(found[visual], wanted.gather(-1, index)[visual])
+
+
+def test_infinipot_where_the_original_stops() -> None:
+    """No reference frame means one; layers beyond a multiple of four are not pooled."""
+    none, one = (InfiniPotV(tar_ratio=1.0, query_ratio=r) for r in (0.0, 0.3))
+    c = candidates(none, mix="visual", n_chunk=12)
+    assert (frames_of(c, VISUAL, False).n_frames * 0.3).floor().eq(1).all()
+    assert torch.equal(choose(c, none, shared, 15)[0], choose(c, one, shared, 15)[0])
+    size = torch.rand(c.shape)
+    frames = frames_of(c, VISUAL, False)
+    for layer in (3, 4, 5):
+        assert torch.equal(pooled(size, frames, layer, 6), size.masked_fill(~frames.members, 0))
 
 
 def test_infinipot_moving_grid() -> None:

@@ -331,3 +331,25 @@ def test_attention_is_causal_and_complete_in_any_block() -> None:
                 torch.einsum("bd,bsd->bs", c.queries[:, c.group + h, p], c.tokens.keys[:, 1, : row + 1]) * c.scaling
             )
             torch.testing.assert_close(whole[:, 1, h, p, : row + 1], logits.softmax(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_variant
+def test_a_gpu_scores_as_the_cpu_does(name: str, options: dict[str, Any]) -> None:
+    """Half-precision inputs go through other kernels there; sums are float32 all the same."""
+    selector = make_selector(name, **options)
+    for dtype in (torch.bfloat16, torch.float32):
+        c = candidates(selector, dtype=dtype)
+        moved = dataclasses.replace(
+            c,
+            tokens=c.tokens.to("cuda"),
+            queries=c.queries.cuda(),
+            query_rows=c.query_rows.cuda(),
+            output_weight=None if c.output_weight is None else c.output_weight.cuda(),
+        )
+        check(moved, selector, 6)
+        on_cpu, on_gpu = selector.score(c, 6), selector.score(moved, 6)
+        for here, there in zip((on_cpu.score, on_cpu.importance), (on_gpu.score, on_gpu.importance), strict=True):
+            if here is not None and there is not None:
+                torch.testing.assert_close(there.cpu(), here, rtol=2e-4, atol=2e-5)

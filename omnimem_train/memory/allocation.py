@@ -43,9 +43,9 @@ def split(c: Candidates, audio_share: Tensor, budget: int, floor: float) -> Coun
 
 
 def used(c: Candidates, scored: Scored) -> Tensor:
-    """(B, G, S) non-negative, 0 for text: the importance, or for a rule without one its scores above the lowest."""
+    """(B, G, S), non-negative for media: the importance, or for a rule without one its scores above the lowest."""
     mass = scored.score if scored.importance is None else scored.importance
-    return above_zero(mass, c.is_text).masked_fill(c.is_text, 0)
+    return above_zero(mass, c.is_text)
 
 
 def repeated(c: Candidates, scored: Scored) -> Tensor:

@@ -128,8 +128,8 @@ class Tova(EvidenceSelector):
 class CriticalKV(SnapKV):
     """SnapKV in two stages: a share of the budget goes to its best tokens, the rest by attention x size of the output.
 
-    The first stage takes the max(1, floor(keep x first_stage_ratio)) highest SnapKV scores y (window at its ceiling).
-    All others get (y + epsilon) x L1 norm of the projected value.
+    The first stage takes the max(1, floor(keep x first_stage_ratio)) highest SnapKV scores y, the window at its ceiling
+    (none if the ratio is 0). All others get (y + epsilon) x L1 norm of the projected value.
 
     Options:
         epsilon: added to the attention in the second stage.
@@ -157,7 +157,8 @@ class CriticalKV(SnapKV):
         """Two stages. First-stage tokens score above half the largest float, in the order of y."""
         found = super().score(c, keep)
         y = found.score
-        n_first = min(max(1, math.floor(keep * self.first_stage_ratio)), c.n - c.n_text)
+        n_first = max(1, math.floor(keep * self.first_stage_ratio)) if self.first_stage_ratio > 0 else 0
+        n_first = min(n_first, c.n - c.n_text)
         count = torch.full(c.shape[:2], n_first, dtype=torch.int64, device=y.device)
         assured = best(y, ~c.is_text, count)
         huge = torch.finfo(y.dtype).max * (0.5 + 0.5 * y / y.amax().clamp(min=1e-30))
@@ -233,8 +234,7 @@ class ExpectedAttention(ScoringSelector):
         if c.rotary is None:
             raise ValueError("expected_attention turns queries back; give Candidates.rotary")
         b, g, _ = c.shape
-        used = c.query_rows >= self.n_sink
-        weight = (used if c.n > self.n_sink else torch.ones_like(used)).to(real(c.queries))
+        weight = (c.query_rows >= self.n_sink).to(real(c.queries))
         weight = (weight / weight.sum().clamp(min=1)).unsqueeze(-1)
         at = c.tokens.positions[:, :1, c.query_rows]
         queries = c.rotary.turn(c.queries.to(weight.dtype), -at).view(b, g, c.group, -1, c.queries.shape[-1])

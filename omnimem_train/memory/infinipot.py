@@ -140,7 +140,6 @@ def _pooled_line(score: Tensor, members: Tensor) -> Tensor:
     place = (members.cumsum(dim=-1) - 1).masked_fill(~members, score.shape[-1])
     line = torch.zeros(*score.shape[:2], score.shape[-1] + 1, dtype=score.dtype, device=score.device)
     line = line.scatter(2, place, score)
-    line[..., -1] = 0
     return functional.avg_pool1d(line, 3, stride=1, padding=1).gather(2, place).masked_fill(~members, 0)
 
 
