@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from omnimem_train.media_decode import TAIL_S, Picture, Sound, Unreadable, open_picture, open_sound
+from omnimem_train.media_decode import Picture, Unreadable, open_picture
+from omnimem_train.media_sound import TAIL_S, Sound, open_sound
 
 HEADER = struct.Struct("<IQ")
 Answer = tuple[dict[str, Any], list[np.ndarray]]

@@ -44,6 +44,7 @@ def write_media(
     sound_start_s: float = 0.0,
     options: dict[str, str] | None = None,
     stream_options: dict[str, str] | None = None,
+    codec: str = "libx264",
 ) -> Path:
     """Write a file with a picture (H.264), a sound (AAC; (m,) mono or (2, m) stereo), or both.
 
@@ -53,9 +54,8 @@ def write_media(
         encoders = []
         if frames is not None:
             rate_v = Fraction(fps).limit_denominator(1001)
-            video = out.add_stream(
-                "libx264", rate=rate_v, options={"crf": "12", "preset": "veryfast", **(stream_options or {})}
-            )
+            quality = {"crf": "12", "preset": "veryfast"} if codec in ("libx264", "libx265") else {}
+            video = out.add_stream(codec, rate=rate_v, options={**quality, **(stream_options or {})})
             video.width, video.height = frames.shape[2], frames.shape[1]
             video.pix_fmt = "yuv420p" if frames.shape[1] % 2 == frames.shape[2] % 2 == 0 else "yuv444p"
             if frame_times is not None:

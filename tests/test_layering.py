@@ -17,6 +17,7 @@ LAYERS = [
     ["models"],
     ["recipe", "records", "resampling", "rng", "stats"],
     ["media_decode"],
+    ["media_sound"],
     ["media_worker"],
     ["media", "benchmarks", "losses", "budget_sampling"],
     ["manifest"],
@@ -27,7 +28,7 @@ LAYERS = [
     ["checkpoint", "runlog"],
     ["trainer"],
     ["export", "evaluation", "charts"],
-    ["report"],
+    ["report", "calibration"],
     ["cli"],
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -36,8 +37,8 @@ OWNERS = {
     "peft": {"models.lora"},
     "accelerate": {"trainer", "cli", "evaluation"},
     "deepspeed": {"trainer"},
-    "decord": {"media_worker", "media_decode"},
-    "av": {"media_worker", "media_decode"},
+    "decord": {"media_decode", "media_sound"},
+    "av": {"media_decode", "media_sound"},
     "tensorboard": {"runlog"},
 }
 

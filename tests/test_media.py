@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -87,6 +88,36 @@ def test_b_frames_and_ntsc_rate(folder: Path, reader: str) -> None:
     path = write_media(folder / "ntsc.mp4", numbered_frames(25), 30000 / 1001, stream_options={"bf": "3", "g": "12"})
     frames, _ = whole(read(path, reader, fps=10))
     assert frame_numbers(frames) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("open_gop.mp4", "libx264", {"bf": "3", "g": "6", "x264-params": "open-gop=1:scenecut=0"}),
+        ("open_gop.mkv", "libx264", {"bf": "3", "g": "6", "x264-params": "open-gop=1:scenecut=0"}),
+        ("hevc.mp4", "libx265", {"x265-params": "keyint=6:bframes=3:log-level=none"}),
+        ("vp9.webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "6"}),
+        ("unstamped.avi", "mpeg4", {"bf": "2", "g": "6", "qmin": "1", "qmax": "1"}),
+        ("program.mpg", "mpeg2video", {"bf": "2", "g": "6", "qmin": "1", "qmax": "2"}),
+    ],
+)
+def test_frames_are_right_whatever_refers_to_what(
+    folder: Path, reader: str, name: str, codec: str, options: dict[str, str]
+) -> None:
+    """Sparse reading of files in which decord's seeking and skipping give wrong frames."""
+    path = write_media(folder / name, numbered_frames(25, 64, 96), 25, codec=codec, stream_options=options)
+    assert frame_numbers(whole(read(path, reader, fps=25 / 3))[0]) == list(range(0, 25, 3))
+    assert frame_numbers(whole(read(path, reader, fps=25))[0]) == list(range(25))
+    assert frame_numbers(whole(read(path, reader, fps=5, start_s=0.4))[0]) == [10, 15, 20]
+
+
+def test_decord_refuses_transport_streams(folder: Path) -> None:
+    """It would lose frames up to the second key frame, and say nothing."""
+    path = write_media(folder / "stream.ts", numbered_frames(25), 25, tone(1), stream_options={"bf": "2", "g": "6"})
+    with pytest.raises(MediaError, match="pyav reader reads them"):
+        read(path, "decord")
+    assert frame_numbers(whole(read(path, "pyav", fps=5))[0]) == [0, 5, 10, 15, 20]
 
 
 def cases(folder: Path) -> dict[str, Path]:
@@ -284,6 +315,38 @@ def test_bad_files_give_value_cause_and_remedy(folder: Path, plain: Path, reader
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("track", ["frames", "samples"])
+def test_single_tracks_cut_behind_their_header(folder: Path, reader: str, track: str) -> None:
+    content = {"frames": numbered_frames(25, 96, 96), "samples": tone(6)}[track]
+    path = write_media(folder / f"{track}_cut.mp4", options={"movflags": "faststart"}, **{track: content})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(MediaError):
+        read(path, reader)
+
+
+def test_damage_that_ffmpeg_conceals_is_an_error_with_pyav(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (12, 96, 96, 3), np.uint8)
+    path = write_media(folder / "concealed.mp4", noise, 4, stream_options={"g": "6", "bf": "0"})
+    with av.open(str(path)) as file:
+        packet = [(p.pos, p.size) for p in file.demux(video=0) if p.size][8]
+    data = bytearray(path.read_bytes())
+    for at in range(packet[0] + packet[1] // 2, sum(packet), 3):
+        data[at] ^= 0x55
+    path.write_bytes(bytes(data))
+    with pytest.raises(MediaError, match="frame 8 of the picture is damaged"):
+        read(path, "pyav")
+
+
+def test_a_file_that_changes_is_read_anew(folder: Path) -> None:
+    """decord's last sound track is kept for the next read of the same file, not of the same name."""
+    path = write_media(folder / "changes.m4a", samples=tone(2))
+    before = whole(read(path, "decord"))[1]
+    write_media(path, samples=tone(2, hz=300))
+    assert np.abs(whole(read(path, "decord"))[1] - before).mean() > 0.1
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_damage_in_the_middle_is_no_silent_copy(folder: Path, reader: str) -> None:
     """decord by itself hands out copies of neighbouring frames for those it cannot decode."""
     noise = np.random.default_rng(0).integers(0, 255, (24, 96, 96, 3), np.uint8)
@@ -352,6 +415,27 @@ def test_the_decoding_process_ends_with_its_parent(plain: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("the decoding process outlived its parent")
+
+
+def test_the_decoding_process_ends_with_its_parent_even_while_its_input_is_open() -> None:
+    """As when a decoder hangs and does not look at its input."""
+    code = (
+        "import subprocess, sys, time; "
+        "p = subprocess.Popen([sys.executable, '-m', 'omnimem_train.media_worker'], stdout=subprocess.DEVNULL); "
+        "print(p.pid, flush=True); time.sleep(1.5); import os; os._exit(0)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pid = int(parent.stdout.readline())
+    assert parent.wait() == 0
+    for _ in range(50):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(pid, signal.SIGKILL)
+        raise AssertionError("the decoding process outlived its parent")
+    parent.stdin.close()
+    parent.stdout.close()
 
 
 def test_the_decoding_process_starts_without_torch() -> None:
