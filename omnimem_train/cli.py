@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("train", _train, "fine-tune an adapter under random memory budgets"),
         ("eval", _eval, "multiple-choice evaluation: selectors x budgets x (base, adapter)"),
+        ("calibrate", _calibrate, "measure budgets across layers and write a table for memory.layer_table"),
     ):
         sub = command(name, run, text)
         sub.add_argument("recipe", type=Path, help="YAML file")
@@ -147,6 +148,18 @@ def _eval(arguments: Any) -> None:
                 f"\n{len(failed)} questions failed and count as wrong, e.g. {failed[0]['question']}: {failed[0]['why']}"
             )
     state.destroy_process_group()
+
+
+def _calibrate(arguments: Any) -> None:
+    from omnimem_train.calibration import CalibrationConfig, calibrate
+    from omnimem_train.config import load_config
+    from omnimem_train.models.loading import load
+
+    config = load_config(CalibrationConfig, arguments.recipe, arguments.overrides)
+    report = calibrate(config, load(config.model), partial(_bar, "clips", True))
+    for i, (layer, entry) in enumerate(zip(report["layers"], report["layer_table"], strict=True)):
+        print(f"layer {i:2}: complexity {layer['complexity']:.3f} +- {layer['complexity_std']:.3f}, tokens {entry}")
+    print(f"use it with memory.layer_table={config.output}")
 
 
 def _bar(unit: str, shown: bool, items: Iterable[Any]) -> Iterable[Any]:
