@@ -146,7 +146,7 @@ def test_extreme_keys_and_values(name: str, options: dict[str, Any], scale: floa
 
 
 @every_variant
-@pytest.mark.parametrize(("n_old", "n_chunk"), [(0, 1), (0, 20), (30, 1), (30, 0)])
+@pytest.mark.parametrize(("n_old", "n_chunk"), [(0, 0), (0, 1), (0, 20), (30, 1), (30, 0)])
 def test_short_and_first_chunks(name: str, options: dict[str, Any], n_old: int, n_chunk: int) -> None:
     """A stream's first token, first chunk, a chunk of one token, and the empty chunk that fills up a rank's rounds."""
     selector = make_selector(name, **options)

@@ -14,10 +14,11 @@ def real(x: Tensor) -> torch.dtype:
 def products(x: Tensor, y: Tensor) -> Tensor:
     """Inner products (..., n, D) x (..., m, D) -> (..., n, m), in float32 or better. Leading sizes are equal.
 
-    Half-precision inputs on a GPU go through its matrix units with float32 sums. A product of two such numbers is exact
-    in float32, so this loses nothing against converting first, and is several times faster.
+    Half-precision inputs on an NVIDIA GPU go through its matrix units with float32 sums. A product of two such numbers
+    is exact in float32, so this loses nothing against converting first, and is several times faster.
     """
-    if x.is_cuda and x.dtype == y.dtype and x.dtype in (torch.float16, torch.bfloat16):
+    half = x.dtype == y.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    if half and x.is_cuda and torch.version.hip is None:
         flat = torch.bmm(x.flatten(0, -3), y.flatten(0, -3).mT, out_dtype=torch.float32)
         return flat.view(*x.shape[:-1], y.shape[-2])
     dtype = torch.promote_types(real(x), real(y))

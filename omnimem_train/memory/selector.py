@@ -247,7 +247,8 @@ def choose(c: Candidates, selector: Selector, allocation: Allocation, budget: in
     everything = selector.keeps_all or (allocation.spends_all and keep == n_media)
     # an autocast region around the forward would do the sums of scores in half precision
     with torch.no_grad(), torch.autocast(c.tokens.keys.device.type, enabled=False):
-        scored = None if everything and not selector.keeps_evidence else selector.score(c, keep)
+        unread = everything and not (selector.keeps_evidence and n_media > 0)
+        scored = None if unread else selector.score(c, keep)
         if everything or scored is None:
             return torch.arange(c.n, device=c.tokens.keys.device).expand(c.shape), scored
         taken = c.is_text
