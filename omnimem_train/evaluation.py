@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def _at(spec: MemorySpec, budget: int | str) -> MemorySpec:
     if budget == FULL:
         return spec.replace(selector="full", selector_options={}, budget=None, layer_table=())
     if budget != TABLE:
-        return spec.at(budget)
+        return spec.replace(budget=budget, layer_table=())
     if not spec.layer_table:
         raise UserError("budget 'table' without a layer table", remedy="name a table file: memory.layer_table=PATH")
     return spec
@@ -325,7 +325,17 @@ def table(summary: Mapping[str, Any]) -> str:
     lines.append("|" + "---|" * (len(columns) + 2))
     for (method, budget), cell in cells.items():
         lines.append("| " + " | ".join([method, budget, *(cell.get(c, "") for c in columns)]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", what_counts(summary["rows"])])
+
+
+def what_counts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a budget of these rows is a number of."""
+    inside = {bool(row["memory"]["count_text"]) for row in rows}
+    text = {
+        frozenset({True}): "pinned text (prompt, marks) is counted inside",
+        frozenset({False}): "pinned text (prompt, marks) comes on top and is not counted",
+    }.get(frozenset(inside), "pinned text is counted in some rows and not in others, see settings.json")
+    return f"Budget: tokens a kv head of a layer keeps between chunks; {text}."
 
 
 def _percent(value: float, low: float, high: float, signed: bool = False) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from omnimem_train.charts import Line, chart
 from omnimem_train.errors import UserError
 from omnimem_train.evaluate import collect
-from omnimem_train.evaluation import FULL, outcomes
+from omnimem_train.evaluation import FULL, outcomes, what_counts
 from omnimem_train.rng import versions
 from omnimem_train.runlog import read_metrics
 from omnimem_train.stats import by_category
@@ -88,7 +88,7 @@ def evaluation_parts(folder: Path) -> list[str]:
     parts += [results_table(rows), "<h2>Accuracy by budget</h2>", accuracy_chart(rows)]
     parts.append(
         "<p>Lines: selectors; dashed: base model, solid: with the adapter. Whiskers: 95 % intervals, clustered by "
-        "clip. The budget is what a kv head of a layer keeps between chunks.</p>"
+        f"clip. {escape(what_counts(rows))}</p>"
     )
     parts += category_part(folder, rows)
     if failed := summary["failed"]:

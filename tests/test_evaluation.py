@@ -206,7 +206,8 @@ def test_summary_and_table() -> None:
     assert tuned["difference"]["p"] == pytest.approx(0.25)  # two-sided binomial, 3 of 3
     assert tuned["difference"]["low"] < 0.375 < tuned["difference"]["high"]
     rows = table(summary).splitlines()
-    assert len(rows) == 3
+    assert rows[-1].endswith("pinned text (prompt, marks) comes on top and is not counted.")
+    assert len(rows) == 5
     assert "50.0 [" in rows[2]
     assert "87.5 [" in rows[2]
     assert "88 %" in rows[2]

@@ -47,7 +47,7 @@ def row(budget: Any, adapter: bool, accuracy: float, **difference: float) -> dic
     found = {
         "name": f"snapkv@{budget}{'+adapter' if adapter else ''}", "method": "snapkv", "budget": budget,
         "adapter": adapter, "n": 40, "clips": 10, "accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1,
-        "coverage": 0.975,
+        "coverage": 0.975, "memory": {"count_text": True},
     }  # fmt: skip
     return found | (
         {"difference": {"gained": 5, "lost": 1, "p": 0.01, "p_holm": 0.02} | difference} if difference else {}
@@ -92,7 +92,15 @@ def test_the_page_shows_what_was_measured(evaluation: Path, train: Path, tmp_pat
     page = Page(text)
     for cell in ("40.0", "52.3", "60.0", "+12.3 [+5.0, +20.0]", "0.020", "40 / 10", "98 %"):
         assert cell in page.cells
-    for words in ("A & B", "random <model>", "a<b.mp4", "<script>alert(1)</script>", "colour", "loss 2.500 at step 5"):
+    for words in (
+        "A & B",
+        "random <model>",
+        "a<b.mp4",
+        "<script>alert(1)</script>",
+        "colour",
+        "loss 2.500 at step 5",
+        "counted inside",
+    ):
         assert words in page.text
     assert text.count("<svg") == 7
     assert "1.50 GiB" in page.text
