@@ -124,7 +124,7 @@ def _at(spec: MemorySpec, budget: int | str) -> MemorySpec:
     if budget == FULL:
         return spec.replace(selector="full", selector_options={}, budget=None, layer_table=())
     if budget != TABLE:
-        return spec.replace(budget=budget, layer_table=())
+        return spec.at(budget)
     if not spec.layer_table:
         raise UserError("budget 'table' without a layer table", remedy="name a table file: memory.layer_table=PATH")
     return spec
