@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,25 @@ def nano_session(nano_folder: Path) -> StreamingModel:
     from omnimem_train.models.loading import load_model
 
     return load_model(nano_folder, device="cpu")
+
+
+@pytest.fixture(scope="session", params=["qwen2_5_vl", "qwen3_vl"])
+def salmonn_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random video-SALMONN 2+ of 0.4 million parameters on each backbone, in the published layout. Do not write into
+    it."""
+    from omnimem_train.models.salmonn.tiny import make_tiny_salmonn
+
+    return make_tiny_salmonn(tmp_path_factory.mktemp(request.param), backbone=request.param)
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five clips of 6 s with picture, sound and questions: train.json and test_choices.jsonl."""
+    out, root = tmp_path_factory.mktemp("rendered"), Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "data_prep.render", str(out), "--clips", "5", "--test", "1", "--val", "0"]
+    command += ["--seconds", "6", "--seed", "5"]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    return out
 
 
 @pytest.fixture
