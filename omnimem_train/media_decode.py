@@ -17,6 +17,7 @@ stamp their frames are taken to show them at the average rate.
 from __future__ import annotations
 
 import math
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,6 +189,21 @@ def open_picture(path: Path, reader: str, fps: float, first_frame: int) -> Pictu
                 return None
         return PyavPicture(path, fps, first_frame)
     return tolerate("cannot find video stream", lambda: DecordPicture(path, fps, first_frame))
+
+
+def check_complete(path: Path) -> None:
+    """Raises Unreadable if an mp4, mov or m4a was cut off: decoders may take that for its end."""
+    size, at = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while at + 16 <= size:
+            file.seek(at)
+            length, kind, long_length = struct.unpack(">I4sQ", file.read(16))
+            length = long_length if length == 1 else length
+            if length < 8 or (at == 0 and kind != b"ftyp"):
+                return  # the last box goes to the end of the file, or this is no such file
+            at += length
+            if at > size and kind in (b"mdat", b"moov", b"moof"):
+                raise Unreadable(f"the file is cut off: {at - size:,} bytes are missing")
 
 
 def tolerate(absent: str, opener: Callable[[], Any]) -> Any:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from omnimem_train.media_decode import Picture, Unreadable, open_picture
+from omnimem_train.media_decode import Picture, Unreadable, check_complete, open_picture
 from omnimem_train.media_sound import TAIL_S, Sound, open_sound
 
 HEADER = struct.Struct("<IQ")
@@ -40,6 +40,8 @@ class OpenFile:
         self._fps, self._window_s, self._rate = request["fps"], request["window_s"], rate
         self._start_s, self._max_s = request["start_s"], request["max_s"]
         apart = request["audio_path"]
+        for file in filter(None, [path, apart]):
+            check_complete(Path(file))
         self._picture: Picture | None = None
         self._sound: Sound | None = None
         if request["picture"]:

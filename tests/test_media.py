@@ -19,7 +19,7 @@ import soundfile
 import torch
 from clips import RATE, frame_numbers, numbered_frames, tone, write_media
 
-from omnimem_train import media
+from omnimem_train import media, media_decode
 from omnimem_train.errors import UserError
 from omnimem_train.media import MediaError, probe, read_audio_blocks, read_windows
 from omnimem_train.models.interface import MediaWindow
@@ -118,6 +118,15 @@ def test_decord_refuses_transport_streams(folder: Path) -> None:
     with pytest.raises(MediaError, match="pyav reader reads them"):
         read(path, "decord")
     assert frame_numbers(whole(read(path, "pyav", fps=5))[0]) == [0, 5, 10, 15, 20]
+
+
+def test_decord_hands_out_no_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file, had it not been refused: its reader is told to fail instead of filling up with copies."""
+    path = write_media(folder / "copies.ts", numbered_frames(25), 25, stream_options={"bf": "2", "g": "6"})
+    monkeypatch.setattr(media_decode, "_is_transport_stream", lambda path: False)
+    picture = media_decode.DecordPicture(path, 25, 0)
+    with pytest.raises(Exception, match="duplicate frames"):
+        picture.take(25)
 
 
 def cases(folder: Path) -> dict[str, Path]:
@@ -291,8 +300,8 @@ def bad_files(folder: Path, plain: Path) -> dict[str, tuple[Path, str]]:
         "folder": (folder, "folder"),
         "empty": (folder / "empty.mp4", "empty"),
         "text": (folder / "text.mp4", "nvalid data"),
-        "cut": (folder / "cut.mp4", "nvalid data"),
-        "cut_behind_its_header": (folder / "cut_behind_its_header.mp4", ""),
+        "cut": (folder / "cut.mp4", "bytes are missing"),
+        "cut_behind_its_header": (folder / "cut_behind_its_header.mp4", "bytes are missing"),
         "text_wav": (folder / "text.wav", "recogni"),
     }
 
@@ -317,10 +326,57 @@ def test_bad_files_give_value_cause_and_remedy(folder: Path, plain: Path, reader
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("track", ["frames", "samples"])
 def test_single_tracks_cut_behind_their_header(folder: Path, reader: str, track: str) -> None:
+    """Inside a packet, and between two: then the decoder meets no error, only an early end."""
     content = {"frames": numbered_frames(25, 96, 96), "samples": tone(6)}[track]
     path = write_media(folder / f"{track}_cut.mp4", options={"movflags": "faststart"}, **{track: content})
+    with av.open(str(path)) as file:
+        starts = [p.pos for p in file.demux() if p.size]
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 2 // 3])
+    for end in (starts[len(starts) * 2 // 3] + 5, starts[len(starts) * 2 // 3]):
+        path.write_bytes(data[:end])
+        with pytest.raises(MediaError, match="bytes are missing"):
+            read(path, reader)
+
+
+@pytest.mark.parametrize(
+    ("last", "complete"),
+    [
+        (struct.pack(">I4sQ", 1, b"mdat", 116) + bytes(100), True),
+        (struct.pack(">I4sQ", 1, b"mdat", 117) + bytes(100), False),
+        (struct.pack(">I4s", 0, b"mdat") + bytes(100), True),  # to the end of the file
+        (struct.pack(">I4s", 900, b"junk") + bytes(100), True),  # no box a decoder needs
+        (struct.pack(">I4s", 900, b"moov") + bytes(100), False),
+    ],
+)
+def test_completeness_of_boxes(tmp_path: Path, last: bytes, complete: bool) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(struct.pack(">I4s4sI", 16, b"ftyp", b"isom", 0) + last)
+    if complete:
+        media_decode.check_complete(path)
+    else:
+        with pytest.raises(media_decode.Unreadable, match="bytes are missing"):
+            media_decode.check_complete(path)
+
+
+def test_a_picture_that_stops_early_is_an_error_with_pyav(folder: Path) -> None:
+    """Cut between two packets, in a container without boxes: only the header's length tells."""
+    path = write_media(folder / "cut.avi", numbered_frames(25, 96, 96), 4, codec="mpeg4")
+    with av.open(str(path)) as file:
+        starts = [p.pos for p in file.demux() if p.size]
+    path.write_bytes(path.read_bytes()[: starts[12]])
+    with pytest.raises(MediaError, match=r"the picture stops after 3\.00 s of"):
+        read(path, "pyav")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_sound_is_no_early_end(folder: Path, reader: str) -> None:
+    """decord by itself hands out the sound before the damage, as if that were all."""
+    path = write_media(folder / f"damaged_{reader}.m4a", samples=tone(6))
+    with av.open(str(path)) as file:
+        packet = [(p.pos, p.size) for p in file.demux() if p.size][50]
+    data = bytearray(path.read_bytes())
+    data[packet[0] : sum(packet)] = b"\xff" * packet[1]
+    path.write_bytes(bytes(data))
     with pytest.raises(MediaError):
         read(path, reader)
 
