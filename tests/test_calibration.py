@@ -19,11 +19,13 @@ from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError
 from omnimem_train.evaluate import Setting
 from omnimem_train.evaluation import EvalConfig, describe
+from omnimem_train.export import adapter_memory
 from omnimem_train.manifest import Sample, load_manifest
 from omnimem_train.memory import AUDIO, TEXT, VISUAL, Candidates, LayerMemory, MemorySpec, Scored
 from omnimem_train.memory.allocation import Avba, make_allocation
 from omnimem_train.models.interface import StreamingModel
 from omnimem_train.models.loading import ModelConfig, load_model
+from omnimem_train.session import StreamSession
 from omnimem_train.streaming import Stream, StreamState, encode
 
 SPEC = MemorySpec(selector="omnimem", budget=24, chunk_tokens=48, allocation="avba")
@@ -226,6 +228,51 @@ def test_every_layer_keeps_to_its_own_budget(nano_session: StreamingModel, selec
     budgets = spec.layer_budgets(3, 1, 1, 1)
     assert [int(k.unique()) for k in kept] == [b.total for b in budgets if b is not None]
     assert int((state.layers[1].modality == AUDIO).sum(-1).unique()) == (budgets[1].audio if budgets[1] else None)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_sessions_with_uneven_layers_go_on_after_a_file(
+    nano_session: StreamingModel, positions: str, tmp_path: Path
+) -> None:
+    clip, spec = omni_clips.Clip(8.0, 2.0), UNEVEN.replace(positions=positions)
+    windows = list(clip.windows(2.0))
+    whole = StreamSession(nano_session, spec, clip.info, 2.0)
+    half = StreamSession(nano_session, spec, clip.info, 2.0)
+    for session, part in ((whole, windows), (half, windows[:2])):
+        for window in part:
+            session.feed(window)
+    half.save(tmp_path / "half.safetensors")
+    again = StreamSession.load(tmp_path / "half.safetensors", nano_session, spec)
+    for window in windows[2:]:
+        again.feed(window)
+    assert again.kept_tokens() == whole.kept_tokens()
+    assert len(set(whole.kept_tokens())) == 3
+    for a, b in zip(again.state.layers, whole.state.layers, strict=True):
+        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.positions, b.positions)
+    assert again.ask("Which?", 4) == whole.ask("Which?", 4)
+
+
+@pytest.mark.slow
+def test_training_and_export_with_uneven_layers(rendered: Path, nano_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {{path: {nano_folder}, device: cpu}}
+lora: {{r: 4, alpha: 8}}
+data: {{manifest: {rendered / "train.json"}, workers: 0}}
+budgets: {{low: 4, high: 40, full_share: 0}}
+train: {{steps: 2, log_every: 1, lr: 1.0e-3, warmup_steps: 0, output: {tmp_path / "run"}}}
+"""
+    )
+    (tmp_path / "table.json").write_text('{"layer_table": [8, [20, 4], 40]}')
+    table = [f"memory.layer_table={tmp_path / 'table.json'}", "memory.chunk_tokens=40"]
+    assert main(["train", str(recipe), *table]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "adapter")]) == 0
+    spec = adapter_memory(tmp_path / "adapter", load_model(nano_folder, device="cpu"))
+    assert [list(e) if isinstance(e, tuple) else e for e in spec.layer_table] == [8, [20, 4], 40]
+    short = ["memory.layer_table=[8, 8]", f"train.output={tmp_path / 'other'}"]
+    assert main(["train", str(recipe), *short]) == 2
 
 
 def test_evaluation_scales_a_table_or_takes_it_as_it_is() -> None:
