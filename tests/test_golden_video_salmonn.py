@@ -466,8 +466,8 @@ def assert_greedy(
 def test_published_budget_tables_load_as_layer_tables() -> None:
     tables = FOUND[NEW].json("published_budgets.json")
     assert tables
-    for table in tables.values():
-        spec = MemorySpec(selector="omnimem", layer_table=tuple(table))
+    for name, table in tables.items():
+        spec = MemorySpec(selector="omnimem", layer_table=f"{FOUND[NEW].folder / 'published_budgets.json'}#{name}")
         budgets = spec.layer_budgets(len(table), 8, 128, 2)
         for budget, entry in zip(budgets, table, strict=True):
             assert budget is not None
