@@ -89,7 +89,9 @@ class DecordPicture(Picture):
         self.end_s = float(self._times[-1]) + 1 / self.source_fps
         self._frames = max(1, math.ceil((self.end_s - 1e-3) * fps))
         self._number, self._shown = 0, self._reader.next().asnumpy()
-        self.height, self.width = self._shown.shape[:2]
+        self.height, self.width, channels = self._shown.shape
+        if channels != 3:
+            raise Unreadable(f"decord cannot hand out pictures {self.width} pixels wide; the pyav reader can")
 
     def take(self, stop_frame: int) -> np.ndarray:
         wanted = range(self.next_frame, max(self.next_frame, min(stop_frame, self._frames)))

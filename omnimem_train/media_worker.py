@@ -29,6 +29,7 @@ from omnimem_train.media_decode import Picture, Unreadable, check_complete, open
 from omnimem_train.media_sound import TAIL_S, Sound, open_sound
 
 HEADER = struct.Struct("<IQ")
+LOUDEST = 1e6  # full scale is 1; whole numbers of 16 bits that were written as floats still pass
 Answer = tuple[dict[str, Any], list[np.ndarray]]
 
 
@@ -48,6 +49,8 @@ class OpenFile:
             self._picture = open_picture(path, reader, self._fps, self._frame_at(self._start_s))
         if request["sound"]:
             self._sound = open_sound(Path(apart) if apart else path, reader, rate)
+        if apart and request["sound"] and self._sound is None:
+            raise Unreadable(f"there is no sound in {apart}")
         if self._picture is None and self._sound is None:
             raise Unreadable("it has no picture and no sound")
         self._align(bool(apart))
@@ -102,6 +105,11 @@ class OpenFile:
             samples = self._sound.take(round(end_s * self._rate) - round(start_s * self._rate)) if self._sound else None
             over = (self._picture is None or self._picture.ended) and (self._sound is None or self._sound.ended)
             last = over or end_s >= stop_s - 1e-6
+            parts = [part for part in (frames, samples) if part is not None]
+            if last and number == 0 and self._start_s == 0 and not any(part.size for part in parts):
+                raise Unreadable("it holds no frame and no sample")
+            if samples is not None and not np.abs(samples).max(initial=0) < LOUDEST:  # NaN is not below it either
+                raise Unreadable(f"the sound from {start_s:g} s on is damaged: not numbers, or beyond all loudness")
             head = {
                 "start_s": start_s,
                 "end_s": end_s,
@@ -109,7 +117,7 @@ class OpenFile:
                 "frames": None if frames is None else frames.shape,
                 "samples": None if samples is None else len(samples),
             }
-            yield head, [part for part in (frames, samples) if part is not None]
+            yield head, parts
             number += 1
 
 

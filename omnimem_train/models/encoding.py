@@ -95,7 +95,7 @@ class OmniEncoder(MediaEncoder):
     ) -> None:
         if info.has_video and not fps > 0:
             raise UserError(f"fps is {fps}", cause="a video needs frames", remedy="give a number above 0, e.g. 2")
-        if isinstance(mel_floor, str) and mel_floor != "running":
+        if mel_floor != "running" and not (isinstance(mel_floor, int | float) and math.isfinite(mel_floor)):
             raise UserError(f"mel_floor is {mel_floor!r}", remedy="give 'running' or a number from peak_log_mel")
         self.model, self.info, self.fps = model, info, fps
         self.settings = model.video_settings(min_pixels, max_pixels)
@@ -142,7 +142,8 @@ class OmniEncoder(MediaEncoder):
         """The tokens that were waiting for more input when the stream ended."""
         self._ended = None
         self._encode_frames(end=True)
-        self._encode_mel(self.mel.finish(), end=True)
+        if self.layout.has_audio:
+            self._encode_mel(self.mel.finish(), end=True)
         self.layout = self.layout.ended()
         return self._leave()
 
@@ -227,10 +228,15 @@ class OmniEncoder(MediaEncoder):
     def _push_samples(self, window: MediaWindow) -> None:
         expected = round((window.end_s - window.start_s) * self.settings.sampling_rate)
         found = -1 if window.samples is None else len(window.samples)
-        if found < 0 or (found != expected and not window.last):
+        if not 0 <= found <= expected:
             raise ValueError(f"the window at {window.start_s:g} s holds {found} samples, it should hold {expected}")
+        if found and not self.layout.has_audio:
+            raise ValueError(f"the window at {window.start_s:g} s brings samples after the sound had ended")
         assert window.samples is not None
         self._encode_mel(self.mel.push(window.samples), end=False)
+        if found < expected and self.layout.has_audio:  # the sound is shorter than the picture: hold it back no longer
+            self._encode_mel(self.mel.finish(), end=True)
+            self.layout = self.layout.ended(video=False)
 
     @torch.no_grad()
     def _encode_mel(self, log_mel: Tensor, end: bool) -> None:

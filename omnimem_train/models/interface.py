@@ -9,10 +9,12 @@ Shape legend: see `omnimem_train.memory.state`.
 
 from __future__ import annotations
 
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omnimem_train.errors import UserError
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.memory.state import LayerMemory
 
@@ -292,3 +295,44 @@ class StreamingModel(ABC):
     @abstractmethod
     def language_prefix(self) -> str:
         """Common prefix of the names of the decoder layers in `module`, e.g. "model.language_model.layers."."""
+
+
+# What models share ----------------------------------------------------------------------------------------------------
+
+MAX_WINDOW_FRAMES = 1000
+
+
+def check_text(text: Any, control_tokens: Iterable[str]) -> None:
+    """Raises UserError unless `text` can stand in a dialogue: text, valid Unicode, no control token."""
+    if not isinstance(text, str):
+        raise UserError(f"{text!r:.60} is not text", remedy="quote it")
+    if found := next((token for token in control_tokens if token in text), None):
+        raise UserError(
+            f"the text {text[:60]!r} holds the control token {found}",
+            cause="it would be read as a mark of the dialogue, not as text",
+            remedy="remove it",
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text {text[:60]!r} is not valid Unicode", str(error), "write it as UTF-8") from error
+
+
+def paired_window_s(fps: float) -> float:
+    """Smallest multiple of 2 s that holds whole pairs of frames.
+
+    Raises:
+        UserError: no such rate, or one whose windows would fill the memory (29.97 needs windows of 200 s).
+    """
+    if not 0.001 <= fps <= 240:
+        raise UserError(f"fps is {fps:g}", cause="frames a second go from 0.001 to 240", remedy="give e.g. fps 2")
+    pair = Fraction(2) / Fraction(fps).limit_denominator(1000)
+    window_s = math.lcm(2 * pair.denominator, pair.numerator) / pair.denominator
+    if window_s * fps > MAX_WINDOW_FRAMES:
+        raise UserError(
+            f"fps is {fps:g}",
+            cause=f"whole pairs of frames and whole 2 s of sound meet only every {window_s:g} s, "
+            f"that is {window_s * fps:.0f} frames to hold at once",
+            remedy=f"give a rounder number, e.g. {max(1, round(fps))}",
+        )
+    return float(window_s)

@@ -7,10 +7,8 @@ in different versions of transformers (5.23: `model.language_model`, `model.visu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +22,15 @@ from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThi
 from omnimem_train.errors import UserError, nearest
 from omnimem_train.models.decoder import StockDecoder
 from omnimem_train.models.encoding import OmniEncoder
-from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn
+from omnimem_train.models.interface import (
+    MediaEncoder,
+    MediaInfo,
+    RenderedTurn,
+    StreamingModel,
+    Turn,
+    check_text,
+    paired_window_s,
+)
 from omnimem_train.models.layout import BLOCK_POSITIONS, POSITIONS_PER_S
 from omnimem_train.models.loading import find_file, read_json
 from omnimem_train.models.preprocess import Settings, peak_log_mel, read_settings, smart_resize
@@ -140,8 +146,7 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
 
     def window_s(self, fps: float) -> float:
         """Smallest multiple of 2 s (the audio tower's block) that holds whole temporal patches of 2 / fps seconds."""
-        patch = Fraction(2) / Fraction(fps).limit_denominator(1000)
-        return float(math.lcm(2 * patch.denominator, patch.numerator) / patch.denominator)
+        return paired_window_s(fps)
 
     def render(self, turn: Turn) -> RenderedTurn:
         """The ids of a turn; answers and the <|im_end|> that closes each are learned.
@@ -183,12 +188,14 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
         """
         known = self.preprocessing
         high = known.max_pixels if max_pixels is None else max_pixels
-        low = min(known.min_pixels, high) if min_pixels is None else min_pixels
-        if not 0 < low <= high or high < known.factor**2:
+        low = min_pixels
+        if low is None:
+            low = min(known.min_pixels, high) if isinstance(high, int) else known.min_pixels
+        if type(low) is not int or type(high) is not int or not 0 < low <= high or high < known.factor**2:
             raise UserError(
                 f"frames of {low} to {high} pixels",
                 cause=f"a token is {known.factor} x {known.factor} pixels, and the minimum is at most the maximum",
-                remedy=f"give 0 < min_pixels <= max_pixels, max_pixels >= {known.factor**2}",
+                remedy=f"give whole numbers, 0 < min_pixels <= max_pixels, max_pixels >= {known.factor**2}",
             )
         return replace(known, min_pixels=low, max_pixels=high)
 
@@ -218,16 +225,10 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
         """Token ids of `text`, control tokens included.
 
         Raises:
-            UserError: one of the parts that users wrote holds a control token.
+            UserError: one of the parts that users wrote holds a control token, or is no text.
         """
         for part in written_by_users:
-            found = [token for token in self._control_tokens if token in part]
-            if found:
-                raise UserError(
-                    f"the text {part[:60]!r} holds the control token {found[0]}",
-                    cause="it would be read as a mark of the dialogue, not as text",
-                    remedy="remove it",
-                )
+            check_text(part, self._control_tokens)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def token_ids(self, tokens: list[str]) -> list[int]:

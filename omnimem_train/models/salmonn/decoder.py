@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnimem_train.errors import UserError
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
 from omnimem_train.models.decoder import DEEPSTACK, StockDecoder
-from omnimem_train.models.interface import TokenBlock
+from omnimem_train.models.interface import TokenBlock, check_text
 from omnimem_train.models.salmonn.config import VideoSalmonn2Config
 from omnimem_train.models.salmonn.model import VideoSalmonn2ForConditionalGeneration
 from omnimem_train.models.salmonn.processor import VideoSalmonn2Processor
@@ -92,10 +91,5 @@ class VideoSalmonn2Decoder(StockDecoder):
             UserError: one of the parts that users wrote holds a control token.
         """
         for part in written_by_users:
-            if found := next((token for token in CONTROL if token in part), None):
-                raise UserError(
-                    f"the text {part[:60]!r} holds the control token {found}",
-                    cause="it would be read as a mark of the dialogue, not as text",
-                    remedy="remove it",
-                )
+            check_text(part, CONTROL)
         return list(self.processor.tokenizer.encode(text, add_special_tokens=False))

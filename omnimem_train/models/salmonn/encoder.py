@@ -67,10 +67,11 @@ class SalmonnEncoder(MediaEncoder):
     ) -> None:
         if info.has_video and not fps > 0:
             raise UserError(f"fps is {fps}", cause="a video needs frames", remedy="give a number above 0, e.g. 1")
-        if min(max_pixels, min_pixels, max_timestamps) < 1 or min_pixels > max_pixels:
+        limits = (max_pixels, min_pixels, max_timestamps)
+        if any(type(n) is not int or n < 1 for n in limits) or min_pixels > max_pixels:
             raise UserError(
                 f"min_pixels {min_pixels}, max_pixels {max_pixels}, max_timestamps {max_timestamps}",
-                remedy="give 1 or more, and a minimum below the maximum",
+                remedy="give whole numbers, 1 or more, and a minimum below the maximum",
             )
         self.model, self.info, self.fps = model, info, fps
         config = model.config
@@ -188,10 +189,15 @@ class SalmonnEncoder(MediaEncoder):
     def _push_samples(self, window: MediaWindow) -> None:
         expected = round((window.end_s - window.start_s) * SAMPLING_RATE)
         found = -1 if window.samples is None else len(window.samples)
-        if found < 0 or (found != expected and not window.last):
+        if not 0 <= found <= expected:
             raise ValueError(f"the window at {window.start_s:g} s holds {found} samples, it should hold {expected}")
+        if found and self.order.audio_ended:
+            raise ValueError(f"the window at {window.start_s:g} s brings samples after the sound had ended")
         self.samples = torch.cat([self.samples, torch.as_tensor(window.samples, dtype=torch.float32)])
-        self._encode_sound(end=False)
+        # Fewer samples than the window has room for: the sound is shorter than the picture and holds it back no longer.
+        short = found < expected
+        self._encode_sound(end=short)
+        self._end(audio=short)
 
     @torch.no_grad()
     def _encode_pairs(self, end: bool) -> None:

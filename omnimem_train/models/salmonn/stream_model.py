@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 
 from omnimem_train.errors import UserError, nearest
-from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn
+from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn, paired_window_s
 from omnimem_train.models.salmonn import media
 from omnimem_train.models.salmonn.adapter import export_adapter
 from omnimem_train.models.salmonn.decoder import VideoSalmonn2Decoder
@@ -77,8 +75,7 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
 
     def window_s(self, fps: float) -> float:
         """Smallest multiple of 2 s that holds whole frame pairs. Sound is gathered to its 30 s by the encoder."""
-        pair = Fraction(2) / Fraction(fps).limit_denominator(1000)
-        return float(math.lcm(2 * pair.denominator, pair.numerator) / pair.denominator)
+        return paired_window_s(fps)
 
     def render(self, turn: Turn) -> RenderedTurn:
         """The ids of a turn, a newline before the first question; answers with the <|im_end|> and newline that close
