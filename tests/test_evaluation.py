@@ -252,7 +252,8 @@ def test_on_real_clips_in_two_processes(nano_folder: Path, tmp_path: Path) -> No
     recipe.write_text("{}\n")
     arguments[1] = str(recipe)
     quiet = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "omnimem_train"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += ["-m", "omnimem_train"]
     done = subprocess.run([*launcher, *arguments], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "eval" / "summary.json").read_text())

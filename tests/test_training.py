@@ -64,8 +64,8 @@ def launch(
     """`omnimem train` in `processes` processes on the CPU."""
     command = [sys.executable, "-m"]
     if processes > 1:
-        port = str(20000 + os.getpid() % 20000)
-        command += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port, "-m"]
+        # standalone: a free port of its own, so that tests running side by side do not meet
+        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     command += ["omnimem_train", "train", str(recipe), f"train.output={output}", *overrides]
     quiet = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=os.environ | quiet | env, cwd=ROOT, capture_output=True, text=True, timeout=300)
