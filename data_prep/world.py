@@ -59,13 +59,13 @@ class WorldSettings:
         bad = [
             f"{name} = {value} (must be {rule})"
             for name, value, rule, good in (
-                ("seconds", self.seconds, "at least 4", self.seconds >= 4),
+                ("seconds", self.seconds, "from 4 to 36000", 4 <= self.seconds <= 36000),
                 ("size", self.size, "even and at least 16", self.size >= 16 and self.size % 2 == 0),
                 ("grid", self.grid, "from 1 to size / 8", 1 <= self.grid <= self.size // 8),
-                ("fps", self.fps, "at least 1", self.fps >= 1),
+                ("fps", self.fps, "from 1 to 240", 1 <= self.fps <= 240),
                 ("sampling_rate", self.sampling_rate, "at least 8000", self.sampling_rate >= 8000),
                 ("slot_s", self.slot_s, "at least 1.5", self.slot_s >= 1.5),
-                ("distractors_per_s", self.distractors_per_s, "0 or more", self.distractors_per_s >= 0),
+                ("distractors_per_s", self.distractors_per_s, "from 0 to 100", 0 <= self.distractors_per_s <= 100),
             )
             if not good
         ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omnimem_train.errors import UserError, nearest
-from omnimem_train.records import Problems, Record, read_records
+from omnimem_train.records import Problems, Record, is_file, is_seconds, read_records
 
 LETTERS = "ABCDEFGHIJ"
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".mov", ".avi")
@@ -125,7 +125,7 @@ class _Loading:
     def file(self, where: str, name: str) -> Path:
         """A file named by path."""
         file = self.root / name
-        if self.require_media and not file.is_file():
+        if self.require_media and not is_file(file):
             self.problems.add(where, f"there is no file {file}", "correct the path or the media root")
         return file
 
@@ -133,8 +133,8 @@ class _Loading:
         """A video named by its id."""
         if name not in self._found:
             places = (self.root / sub / f"{name}{suffix}" for sub in ("", "videos", "data") for suffix in SUFFIXES)
-            self._found[name] = next((p for p in places if p.is_file()), self.root / f"{name}.mp4")
-        if self.require_media and name and not self._found[name].is_file():
+            self._found[name] = next((p for p in places if is_file(p)), self.root / f"{name}.mp4")
+        if self.require_media and name and not is_file(self._found[name]):
             remedy = "fetch it, or allow missing media (they count as wrong)"
             self.problems.add(where, f"no video {name!r} in {self.root}", remedy)
         return self._found[name]
@@ -145,6 +145,9 @@ class _Loading:
         """The item, if options and answer fit together; otherwise nothing, and the problem noted."""
         if not isinstance(options, (list, tuple)) or not 2 <= len(options) <= len(LETTERS):
             self.problems.add(where, f"options are {options!r:.60}", f"give a list of 2 to {len(LETTERS)} texts")
+            return
+        if not all(isinstance(option, (str, int, float)) for option in options):
+            self.problems.add(where, f"options are {options!r:.60}", "every option must be a text")
             return
         texts = tuple(_bare(options))
         answer = answer.strip().strip("().").upper()
@@ -175,8 +178,8 @@ def _manifest(loading: _Loading, record: Record) -> Iterator[ChoiceItem]:
     if video is None and audio is None:
         loading.problems.add(where, "neither video nor audio is given", "name a file")
     time_s, use_audio = values.pop("time_s", None), values.pop("use_audio", True)
-    if time_s is not None and (isinstance(time_s, bool) or not isinstance(time_s, (int, float)) or time_s < 0):
-        loading.problems.add(where, f"time_s is {time_s!r}", "seconds from 0 on, or null for the end")
+    if time_s is not None and not is_seconds(time_s):
+        loading.problems.add(where, f"time_s is {time_s!r:.60}", "seconds from 0 on, or null for the end")
     if not isinstance(use_audio, bool):
         loading.problems.add(where, f"use_audio is {use_audio!r}", "true or false")
     more = {

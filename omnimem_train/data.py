@@ -78,8 +78,8 @@ class DataConfig:
                 raise UserError(f"data.{name}={getattr(self, name)} must be {least} or more")
         for name in ("fps", "time_limit_s", "max_duration_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"data.{name}={value} must be above 0")
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"data.{name}={value} must be above 0, and finite")
 
 
 class SkippedMedia(MediaError):
@@ -100,7 +100,12 @@ class BrokenMedia:
         self._limit, self._listing = limit, listing
         self._ids: set[str] = set()
         if listing is not None and listing.exists():
-            self._ids = {json.loads(line)["id"] for line in listing.read_text().splitlines()}
+            try:
+                self._ids = {json.loads(line)["id"] for line in listing.read_text().splitlines()}
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{listing} is damaged", repr(error), "delete it: broken files are then counted anew"
+                ) from error
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -29,8 +29,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("answer", "distill"):
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name}={getattr(self, name)} is negative")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"loss.{name}={getattr(self, name)} is negative or not finite")
         if self.answer == 0 and self.distill == 0:
             raise UserError("loss.answer and loss.distill are both 0", cause="nothing would be learned")
         if self.temperature <= 0:

@@ -23,7 +23,7 @@ from typing import Any
 
 from omnimem_train.errors import nearest
 from omnimem_train.models.interface import Turn
-from omnimem_train.records import Problems, Record, read_records
+from omnimem_train.records import Problems, Record, is_file, is_seconds, read_records
 
 MARK = re.compile(r"\s*<(video|image|audio)>\s*")
 TURN_KEYS = ("question", "answer", "time_s", "earlier", "kind")
@@ -117,7 +117,7 @@ class _EntryReader:
             return None
         file = self.root / name
         if file not in self._exists:
-            self._exists[file] = file.is_file()
+            self._exists[file] = is_file(file)
         if not self._exists[file]:
             self.problems.add(where, f"there is no file {file}", f"correct {key!r} or the media root")
         return file
@@ -127,6 +127,9 @@ class _EntryReader:
         said, asked, duration_s = values.pop("conversations", None), values.pop("turns", None), values.get("duration_s")
         if said is None and asked is None:
             self.problems.add(where, "it has neither conversations nor turns", "add one of them")
+        if duration_s is not None and not is_seconds(duration_s):
+            self.problems.add(where, f"duration_s is {duration_s!r:.60}", "seconds, or leave it out")
+            duration_s = None
         prefix, turns = "", []
         if said is not None:
             pairs = self._pairs(where, said)
@@ -195,11 +198,11 @@ class _EntryReader:
         if MARK.search(question):
             self.problems.add(where, "a media mark in a turn's question", "leave it out: the clip is always before it")
         time_s, earlier = values.get("time_s"), values.get("earlier") or []
-        is_time = isinstance(time_s, (int, float)) and not isinstance(time_s, bool)
-        if time_s is not None and not (is_time and 0 <= time_s <= (duration_s or float("inf"))):
+        is_time = is_seconds(time_s)
+        if time_s is not None and not (is_time and time_s <= (duration_s or float("inf"))):
             end = f" (the clip's length is {duration_s} s)" if duration_s else ""
             is_time = False
-            self.problems.add(where, f"time_s is {time_s!r}{end}", "seconds within the clip, or null for its end")
+            self.problems.add(where, f"time_s is {time_s!r:.60}{end}", "seconds within the clip, or null for its end")
         if not isinstance(earlier, list) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in earlier):
             self.problems.add(where, f"earlier is {earlier!r:.60}", "a list of [question, answer]")
             earlier = []

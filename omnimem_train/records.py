@@ -42,6 +42,19 @@ class Record:
     values: dict[str, Any]
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have (too long, say) is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_seconds(value: Any) -> bool:
+    """Whether a value of a record is a time: a number, finite, 0 or more."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
+
+
 def read_records(path: Path | str) -> list[Record]:
     """All records of a file.
 
@@ -71,7 +84,7 @@ def read_records(path: Path | str) -> list[Record]:
 def _read_list(path: Path) -> list[Record]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         remedy = "mend the file; with one object a line its name must end in .jsonl"
         raise UserError(f"{path}: no valid JSON", str(error), remedy) from error
     if not isinstance(values, list):
@@ -88,7 +101,7 @@ def _read_lines(path: Path) -> list[Record]:
         if line.strip():
             try:
                 values.append((f"line {number}", json.loads(line)))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 problems.add(f"line {number}", f"no valid JSON ({error})", "mend or remove the line")
     records = list(_objects(iter(values), problems))
     problems.check()

@@ -73,11 +73,16 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be 1 or more")
         for name in ("lr", "max_grad_norm", "eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"train.{name}={getattr(self, name)} must be above 0, and finite")
         for name in ("warmup_steps", "save_every", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name}={getattr(self, name)} is negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"train.{name}={getattr(self, name)} is negative or not finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)} must be from 0 to below 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"train.seed={self.seed} must be from 0 to {2**32 - 1}")
         if not 0 <= self.min_lr_share <= 1:
             raise UserError(f"train.min_lr_share={self.min_lr_share} is not a share between 0 and 1")
 

@@ -28,7 +28,10 @@ def parse_bytes(text: str) -> int:
             f"memory budget {text!r} is neither a number of tokens nor a size",
             remedy=f'write e.g. 6144 or "512MiB"; units: {", ".join(UNITS)}',
         )
-    return int(float(match[1]) * UNITS[match[2]])
+    size = float(match[1]) * UNITS[match[2]]
+    if size >= 2**63:
+        raise UserError(f"memory budget {text[:20]!r} is beyond any memory", remedy='write e.g. "512MiB"')
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class MemorySpec:
                 remedy="give one entry a layer, e.g. [512, 512], or the path of a table file",
             )
         for name in ("selector_options", "allocation_options"):
-            if not isinstance(getattr(self, name), dict):
+            options = getattr(self, name)
+            if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
                 raise UserError(f"memory {name}={getattr(self, name)!r} is not a set of options")
         object.__setattr__(self, "layer_table", tuple(self.layer_table))
         self.make_selector()

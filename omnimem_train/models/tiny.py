@@ -113,6 +113,8 @@ def make_tiny(folder: str | Path, seed: int = 0, size: str = "tiny") -> Path:
     """
     if size not in SIZES:
         raise UserError(f"unknown size {size!r}{nearest(size, SIZES)}", remedy=f"choose one of: {', '.join(SIZES)}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed} is out of range", remedy="give a whole number, 0 or more, below 2^63")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
