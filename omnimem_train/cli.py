@@ -23,6 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:  # a full disk, a folder that cannot be written, an output that is a file
+        remedy = "check that the path is right, can be written and has free space"
+        print(f"error: {error}\n  remedy: {remedy}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is complete (training goes on with train.resume=auto)", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -176,6 +183,13 @@ def _ask(arguments: Any) -> None:
     from omnimem_train.session import StreamSession
 
     a = arguments
+    if not a.question.strip() or a.max_new_tokens < 1:
+        raise UserError(
+            f"the question is {a.question!r}, --max-new-tokens {a.max_new_tokens}",
+            remedy="ask something, and allow at least 1 token",
+        )
+    if a.save is not None and (a.save.is_dir() or not a.save.parent.is_dir()):
+        raise UserError(f"the session cannot be saved as {a.save}", remedy="name a file in a folder that exists")
     spec = MemorySpec() if a.adapter is None else adapter_memory(a.adapter)
     spec = _changed(spec, a)
     model = load_model(a.model, dtype=a.dtype, device=a.device, adapter=a.adapter)
@@ -188,9 +202,10 @@ def _ask(arguments: Any) -> None:
         for window in _bar("windows", True, windows):
             session.feed(window)
     print(session.ask(a.question, a.max_new_tokens))
-    kept = session.kept_tokens()
+    kept, waiting = session.kept_tokens(), session.state.pending
+    seen = session.state.n_run + (0 if waiting is None else waiting.n)
     print(
-        f"[{session.watched_s:g} s watched, {session.state.n_run} tokens; kept a layer: {min(kept)} to {max(kept)}, "
+        f"[{session.watched_s:g} s watched, {seen} tokens; kept a layer: {min(kept)} to {max(kept)}, "
         f"selector {spec.selector}]",
         file=sys.stderr,
     )

@@ -175,6 +175,7 @@ class Evaluator:
         broken: dict[str, str] = {}
         states = {s.key(): self.streams[s.key()].start() for s in left}
         waiting = sorted(clip.questions, key=lambda q: float("inf") if q.time_s is None else q.time_s)
+        end_s = 0.0
         try:
             encoder, windows = clip.open()
             for end_s, block in _timed_blocks(encoder, windows):
@@ -183,7 +184,11 @@ class Evaluator:
                 results += self._ask(clip, due, left, states, encoder, broken)
                 if block is not None:
                     self._each(left, broken, partial(self._feed, states, block))
-            results += self._ask(clip, waiting, left, states, encoder, broken)
+            late = [q for q in waiting if q.time_s is not None and q.time_s > end_s]
+            for q in late:
+                why = f"asked at {q.time_s:g} s, the clip ends at {end_s:g} s"
+                results += [_failed(clip, q, s, why) for s in left]
+            results += self._ask(clip, [q for q in waiting if q not in late], left, states, encoder, broken)
         except FAILURES as error:
             for s in left:
                 broken.setdefault(s.key(), str(error))
@@ -301,7 +306,7 @@ def read_results(path: Path) -> list[ItemResult]:
     """All complete lines of a results file; a last line cut off by a crash is dropped (and measured again)."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     results = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

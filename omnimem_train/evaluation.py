@@ -25,11 +25,13 @@ from omnimem_train.config import save_resolved
 from omnimem_train.errors import UserError
 from omnimem_train.evaluate import ChoiceQuestion, Clip, Evaluator, ItemResult, Setting, collect, run
 from omnimem_train.media import read_audio_blocks, read_windows
+from omnimem_train.media_decode import READERS
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel
+from omnimem_train.models.interface import MediaEncoder, MediaInfo, MediaWindow, StreamingModel, Turn
 from omnimem_train.models.loading import ModelConfig
 from omnimem_train.session import model_fingerprint
 from omnimem_train.stats import Outcome, accuracy, compare, holm
+from omnimem_train.streaming import Stream
 
 FULL, TABLE = "full", "table"
 
@@ -59,6 +61,15 @@ class EvalData:
     exact_mel: bool = False
     require_media: bool = True
     limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reader not in READERS:
+            raise UserError(f"data.reader={self.reader!r} is not known", remedy=f"one of {', '.join(READERS)}")
+        for name in ("fps", "time_limit_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"data.{name}={getattr(self, name)} must be above 0, and finite")
+        if self.limit < 0:
+            raise UserError(f"data.limit={self.limit} is negative", remedy="give a number of clips, or 0 for all")
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,8 @@ class EvalConfig:
                 "nothing to evaluate: with_base is off and there is no adapter",
                 remedy="set with_base=true or model.adapter",
             )
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
         self.settings()
 
     def settings(self) -> list[Setting]:
@@ -110,7 +123,10 @@ class EvalConfig:
             for entry in self.selectors:
                 name, fields = _named(entry)
                 spec = MemorySpec.from_dict(self.memory.to_dict() | fields)
-                specs[FULL if budget == FULL else f"{name}@{budget}"] = _at(spec, budget)
+                label, spec = FULL if budget == FULL else f"{name}@{budget}", _at(spec, budget)
+                if budget != FULL and specs.get(label, spec) != spec:
+                    raise UserError(f"two selectors are called {name!r}", remedy="give each a name of its own")
+                specs[label] = spec
         both = [
             flag
             for flag, wanted in ((False, self.with_base), (True, self.with_adapter and self.model.adapter))
@@ -139,6 +155,8 @@ def _named(entry: Any) -> tuple[str, dict[str, Any]]:
             f"selector entry {entry!r} is neither a name nor a mapping with a selector",
             remedy="write e.g. snapkv, or {name: snapkv-split, selector: snapkv, allocation: split}",
         )
+    if "budget" in entry:
+        raise UserError(f"selector entry {entry!r} sets a budget", remedy="budgets are named in the list `budgets`")
     fields = {"selector_options": {}} | {k: v for k, v in entry.items() if k != "name"}
     return str(entry.get("name", entry["selector"])), fields
 
@@ -212,6 +230,7 @@ def evaluate(
     items = load_choices(config.data.items, config.data.media_root, config.data.form, config.data.require_media)
     clips = clips_of(items, model, config)
     settings = config.settings()
+    preflight(config, model, items, settings)
     if rank == 0:
         config.output.mkdir(parents=True, exist_ok=True)
         check_identity(config, model)
@@ -230,6 +249,29 @@ def evaluate(
     return summary
 
 
+def preflight(
+    config: EvalConfig, model: StreamingModel, items: Sequence[ChoiceItem], settings: Sequence[Setting]
+) -> None:
+    """Find out now what would make every answer fail, and so count as wrong.
+
+    Raises:
+        UserError: a frame rate or encoder options that cannot be used, a budget below the text it has to hold, or a
+            question with a control token.
+    """
+    model.window_s(config.data.fps)
+    info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)
+    opening = model.open(info, config.data.fps, **config.encoder).start()
+    for setting in settings:
+        for budget in Stream(model, setting.spec).budgets:
+            if budget is not None:
+                setting.spec.media_budget(budget, opening.n)
+    for item in items:
+        try:
+            model.render(Turn(item.prompt))
+        except UserError as error:
+            raise UserError(f"question {item.id!r}: {error.what}", error.cause, error.remedy) from error
+
+
 def check_identity(config: EvalConfig, model: StreamingModel) -> None:
     """Results already in the output folder must be of the same weights, questions and settings.
 
@@ -245,7 +287,7 @@ def check_identity(config: EvalConfig, model: StreamingModel) -> None:
         "method": [config.method, config.max_new_tokens],
     }
     path = config.output / "identity.json"
-    held = json.loads(path.read_text()) if path.exists() else now
+    held = read_object(path) if path.exists() else now
     differs = [f"{k}: {held.get(k)!r} there, {now[k]!r} now" for k in now if held.get(k) != now[k]]
     if differs:
         raise UserError(
@@ -254,6 +296,21 @@ def check_identity(config: EvalConfig, model: StreamingModel) -> None:
             remedy="choose another output folder, or delete that one",
         )
     path.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that an evaluation wrote.
+
+    Raises:
+        UserError: it is none any more.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged", str(error), "delete that folder and run the evaluation again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged", "it holds no object", "delete that folder and run the evaluation again")
+    return content
 
 
 def describe(s: Setting) -> dict[str, Any]:

@@ -48,7 +48,15 @@ def export_adapter(
     held = load_checkpoint(folder, world_size=content["world_size"])
     with torch.no_grad():
         for name, parameter in lora_parameters(model):
-            parameter.copy_(held.tensors["adapter"][name])
+            trained = held.tensors["adapter"].get(name)
+            if trained is None or trained.shape != parameter.shape:
+                raise UserError(
+                    f"the adapter in {folder} does not fit the model {path}",
+                    cause=f"{name} is {'absent' if trained is None else list(trained.shape)} there, "
+                    f"{list(parameter.shape)} here",
+                    remedy="name the base model it was trained on: --model",
+                )
+            parameter.copy_(trained)
     report: dict[str, Any] = save_adapter(model, out, layout=layout)
     if report["trained"] == 0:
         raise UserError(
@@ -82,9 +90,9 @@ def adapter_memory(folder: Path, base: StreamingModel | None = None) -> MemorySp
         UserError: no spec, or one of another adapter, or an adapter of another base model.
     """
     spec = MemorySpec.load(folder)
-    about = json.loads((folder / "memory.json").read_text())["about"]
+    about = json.loads((folder / "memory.json").read_text()).get("about")
     weights = folder / WEIGHTS
-    if not weights.is_file() or about.get("adapter_sha256") != sha256(weights):
+    if not isinstance(about, dict) or not weights.is_file() or about.get("adapter_sha256") != sha256(weights):
         raise UserError(
             f"{folder}: memory.json belongs to another {WEIGHTS}",
             cause="the two were written together; one of them was replaced",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,11 +12,12 @@ from typing import Any
 from omnimem_train.charts import Line, chart
 from omnimem_train.errors import UserError
 from omnimem_train.evaluate import collect
-from omnimem_train.evaluation import FULL, outcomes, what_counts
+from omnimem_train.evaluation import FULL, outcomes, read_object, what_counts
 from omnimem_train.rng import versions
 from omnimem_train.runlog import read_metrics
 from omnimem_train.stats import by_category
 
+ROW_KEYS = {"name", "method", "budget", "adapter", "memory", "n", "clips", "accuracy", "low", "high", "coverage"}
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -66,6 +66,11 @@ def pre(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
+def text_of(path: Path) -> str:
+    """A text file as it is, also if some of its bytes are damaged."""
+    return pre(path.read_text(encoding="utf-8", errors="replace"))
+
+
 def machine() -> str:
     """Processor, cores and versions; no names."""
     lines = [f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"]
@@ -82,8 +87,10 @@ def evaluation_parts(folder: Path) -> list[str]:
         raise UserError(
             f"{folder} holds no finished evaluation", cause="there is no summary.json", remedy="run it first"
         )
-    summary = json.loads(path.read_text())
-    rows = summary["rows"]
+    summary = read_object(path)
+    rows, failed = summary.get("rows"), summary.get("failed")
+    if not isinstance(rows, list) or not isinstance(failed, list) or not all(set(row) >= ROW_KEYS for row in rows):
+        raise UserError(f"{path} is no summary of an evaluation", remedy="run the evaluation again: it rewrites it")
     parts = ["<h2>Evaluation</h2>", "<ul>", *(f"<li>{escape(line)}</li>" for line in headlines(rows)), "</ul>"]
     parts += [results_table(rows), "<h2>Accuracy by budget</h2>", accuracy_chart(rows)]
     parts.append(
@@ -91,14 +98,14 @@ def evaluation_parts(folder: Path) -> list[str]:
         f"clip. {escape(what_counts(rows))}</p>"
     )
     parts += category_part(folder, rows)
-    if failed := summary["failed"]:
+    if failed:
         items = "".join(f"<li>{escape(f['question'])} ({escape(f['clip'])}): {escape(f['why'])}</li>" for f in failed)
         parts.append(
             f"<details><summary>{len(failed)} questions failed and count as wrong</summary><ul>{items}</ul></details>"
         )
     config = folder / "config.yaml"
     if config.is_file():
-        parts.append(f"<details><summary>Settings of the evaluation</summary>{pre(config.read_text())}</details>")
+        parts.append(f"<details><summary>Settings of the evaluation</summary>{text_of(config)}</details>")
     return parts
 
 
@@ -207,6 +214,10 @@ def training_parts(folder: Path) -> list[str]:
     """Curves and settings of a training run."""
     rows = read_metrics(folder / "metrics.jsonl")
     parts = ["<h2>Training</h2>"]
+    if rows and not all({"time_s", "loss", "peak_gib"} <= row.keys() for row in rows):
+        raise UserError(
+            f"{folder / 'metrics.jsonl'} holds lines of another kind", remedy="name the folder of a training run"
+        )
     if not rows:
         return [*parts, "<p>The run has not logged anything yet.</p>"]
     last, first = rows[-1], rows[0]
@@ -228,5 +239,5 @@ def training_parts(folder: Path) -> list[str]:
         parts += [f"<h3>{escape(title)}</h3>", chart(lines, "step", label)]
     config = folder / "config.yaml"
     if config.is_file():
-        parts.append(f"<details><summary>Settings of the training</summary>{pre(config.read_text())}</details>")
+        parts.append(f"<details><summary>Settings of the training</summary>{text_of(config)}</details>")
     return parts

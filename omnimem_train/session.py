@@ -42,6 +42,8 @@ class StreamSession:
     def __init__(
         self, model: StreamingModel, spec: MemorySpec, info: MediaInfo, fps: float = 2.0, **options: Any
     ) -> None:
+        if isinstance(fps, bool) or not isinstance(fps, int | float):
+            raise UserError(f"fps is {fps!r}", remedy="give a number, e.g. 2.0")
         self.model, self.spec, self.info, self.fps, self.options = model, spec, info, fps, options
         self.stream = Stream(model, spec)
         self.encoder = model.open(info, fps, **options)
@@ -67,6 +69,10 @@ class StreamSession:
 
     def ask(self, question: str, max_new_tokens: int = 64) -> str:
         """Greedy answer to a question about what was watched so far. The memory stays as it was."""
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"the question is {question!r}", cause="there is nothing to answer", remedy="ask something")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens!r}", remedy="give a whole number, 1 or more")
         ids = self.model.render(Turn(question)).ids.to(self.model.device)
         state = self.stream.caught_up(self.state, self.encoder.waiting())
         tokens = self.stream.generate(state, self.encoder, ids, max_new_tokens)
@@ -80,7 +86,11 @@ class StreamSession:
 
     def save(self, path: str | Path) -> None:
         """Write memory, pending tokens and encoder state to a safetensors file, with the fingerprints of the memory
-        spec and of the model's weights (adapters included)."""
+        spec and of the model's weights (adapters included).
+
+        Raises:
+            UserError: it cannot be written.
+        """
         tensors: dict[str, Tensor] = {"offset": self.state.offset, "horizon": self.state.horizon}
         for i, memory in enumerate(self.state.layers):
             named = dict(zip(LayerMemory.__dataclass_fields__, memory.tensors(), strict=True))
@@ -103,11 +113,13 @@ class StreamSession:
             "n_chunks": self.state.n_chunks,
         }
         # copies: safetensors refuses tensors that share storage, and heads share positions before the first eviction
-        save_file(
-            {k: v.detach().clone().contiguous().cpu() for k, v in tensors.items()},
-            str(path),
-            metadata={"omnimem_session": json.dumps(about)},
-        )
+        copies = {k: v.detach().clone().contiguous().cpu() for k, v in tensors.items()}
+        try:
+            save_file(copies, str(path), metadata={"omnimem_session": json.dumps(about)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write the session {path}", str(error), "choose a file in a writable folder with free space"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, model: StreamingModel, spec: MemorySpec | None = None) -> StreamSession:
@@ -120,6 +132,22 @@ class StreamSession:
             UserError: not a session file, another model or adapter, or another spec.
         """
         tensors, about = _read(Path(path))
+        try:
+            return cls._restored(path, tensors, about, model, spec)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the session {path} is damaged", cause=repr(error), remedy="watch the stream again and save it anew"
+            ) from error
+
+    @classmethod
+    def _restored(
+        cls,
+        path: str | Path,
+        tensors: dict[str, Tensor],
+        about: dict[str, Any],
+        model: StreamingModel,
+        spec: MemorySpec | None,
+    ) -> StreamSession:
         saved = MemorySpec.from_dict(about["spec"])
         if about["spec_fingerprint"] != saved.fingerprint():
             raise UserError(f"the memory spec inside {path} does not match its fingerprint")
@@ -180,7 +208,10 @@ def _state(tensors: dict[str, Tensor], about: dict[str, Any], model: StreamingMo
     layers = []
     for i in range(model.n_layers):
         named = _part(tensors, f"layer.{i}.")
-        layers.append(LayerMemory.from_tensors(named.get(k) for k in LayerMemory.__dataclass_fields__).to(model.device))
+        memory = LayerMemory.from_tensors(named.get(k) for k in LayerMemory.__dataclass_fields__).to(model.device)
+        if memory.keys.shape != memory.values.shape or memory.keys.shape[:3] != memory.positions.shape[:3]:
+            raise ValueError(f"layer {i}: keys, values and positions differ in shape")
+        layers.append(memory)
     pending = None
     if held := {k: v.to(model.device) for k, v in _part(tensors, "pending.").items()}:
         pending = TokenBlock(held["embeds"], held["positions"], held["modality"], held["time_s"])

@@ -251,7 +251,7 @@ def preflight(run: Run) -> None:
 
     Raises:
         UserError: encoder options, gradient settings or layer budgets that do not fit the model, or a budget that may
-            be drawn and is below the text it has to hold.
+            be drawn and is below the text it has to hold; a turn that holds a control token.
     """
     config, model = run.config, run.model
     Stream(model, config.memory, config.gradient, total_tokens=1)
@@ -262,6 +262,12 @@ def preflight(run: Run) -> None:
         for budget in budgets:
             if budget is not None:
                 config.memory.media_budget(budget, opening.n)
+    for sample in run.loader.dataset.samples:
+        try:
+            for turn in sample.turns:
+                model.render(turn)
+        except UserError as error:
+            raise UserError(f"sample {sample.id!r}: {error.what}", error.cause, error.remedy) from error
 
 
 def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,25 @@ import pytest
 import soundfile
 import torch
 from clips import numbered_frames, tone, write_media
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from data_prep.world import WorldSettings
 from omnimem_train.cli import main
+from omnimem_train.data import BrokenMedia, DataConfig
 from omnimem_train.errors import UserError
+from omnimem_train.evaluation import EvalConfig, EvalData
+from omnimem_train.export import adapter_memory
+from omnimem_train.losses import LossConfig
+from omnimem_train.manifest import load_manifest
 from omnimem_train.media import MediaError, read_windows
+from omnimem_train.memory import MemorySpec
 from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn, paired_window_s
-from omnimem_train.models.loading import load_model
+from omnimem_train.models.loading import ModelConfig, load_model, pick_device
+from omnimem_train.models.lora import load_adapter
 from omnimem_train.models.salmonn.tiny import make_tiny_salmonn
+from omnimem_train.run_config import TrainConfig
+from omnimem_train.session import StreamSession
 
 KINDS = ("omni", "qwen2_5_vl", "qwen3_vl")
 INFO = MediaInfo(Path("made-up"), 8.0, has_video=True, has_audio=True, width=64, height=48)
@@ -33,6 +48,12 @@ def model(
         return nano_session
     folder = make_tiny_salmonn(tmp_path_factory.mktemp(request.param), backbone=request.param)
     return load_model(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 s of picture and sound."""
+    return write_media(tmp_path_factory.mktemp("v") / "a.mp4", numbered_frames(16), 4, tone(4.0))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -146,3 +167,279 @@ def test_a_mel_floor_is_a_number(nano_session: StreamingModel, floor: Any) -> No
 def test_questions_are_text(model: StreamingModel, question: Any) -> None:
     with pytest.raises(UserError, match="text"):
         model.render(Turn(question))
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(lr=math.inf), "train.lr"),
+        (lambda: TrainConfig(warmup_steps=-1), "train.warmup_steps"),
+        (lambda: TrainConfig(beta1=2.0), "train.beta1"),
+        (lambda: TrainConfig(seed=-1), "train.seed"),
+        (lambda: TrainConfig(seed=10**30), "train.seed"),
+        (lambda: DataConfig(time_limit_s=math.inf), "data.time_limit_s"),
+        (lambda: LossConfig(distill=math.inf), "loss.distill"),
+        (lambda: EvalData(fps=0), "data.fps"),
+        (lambda: EvalData(reader="vlc"), "data.reader"),
+        (lambda: EvalData(time_limit_s=-1), "data.time_limit_s"),
+        (lambda: EvalData(limit=-1), "data.limit"),
+        (lambda: EvalConfig(max_new_tokens=0), "max_new_tokens"),
+        (lambda: EvalConfig(selectors=({"selector": "uniform", "budget": 3},)), "sets a budget"),
+        (
+            lambda: EvalConfig(
+                selectors=({"name": "a", "selector": "snapkv"}, {"name": "a", "selector": "uniform"}), budgets=(16,)
+            ),
+            "two selectors are called 'a'",
+        ),
+        (lambda: MemorySpec(budget="9" * 400 + "GiB"), "beyond any memory"),
+        (lambda: MemorySpec(selector_options={5: 1}), "not a set of options"),
+        (lambda: WorldSettings(seconds=math.inf), "seconds"),
+        (lambda: WorldSettings(distractors_per_s=1e6), "distractors_per_s"),
+        (lambda: ModelConfig(dtype=torch.float32), "model.dtype"),  # type: ignore[arg-type]
+        (lambda: pick_device("meta"), "device 'meta'"),
+    ],
+)
+def test_values_out_of_range(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def entry(path: Path, **changes: Any) -> dict[str, Any]:
+    return {"id": "1", "video": str(path), "turns": [{"question": "q", "answer": "a", "time_s": None}]} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"turns": [{"question": "q", "answer": "a", "time_s": math.inf}]}, "time_s is inf"),
+        ({"turns": [{"question": "q", "answer": "a", "time_s": 10**400}]}, "time_s is 1000"),
+        ({"duration_s": "5"}, "duration_s is '5'"),
+        ({"duration_s": [1]}, "duration_s is"),
+        ({"video": "a" * 5000}, "there is no file"),
+    ],
+    ids=["infinite time", "huge time", "text for a length", "list for a length", "endless name"],
+)
+def test_entries_of_a_training_manifest(video: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "m.json").write_text(json.dumps([entry(video, **changes)]))
+    with pytest.raises(UserError, match=message):
+        load_manifest(tmp_path / "m.json")
+
+
+def test_json_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(UserError, match="no valid JSON"):
+        load_manifest(tmp_path / "m.json")
+
+
+def test_a_control_token_in_any_sample_stops_training_before_it_begins(
+    video: Path, nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = entry(video, id="second", turns=[{"question": "q", "answer": "<|im_start|>"}])
+    (tmp_path / "m.json").write_text(json.dumps([entry(video), bad]))
+    assert main(["train", str(recipe(tmp_path, nano_folder, f"data: {{manifest: {tmp_path / 'm.json'}}}"))]) == 2
+    assert "sample 'second': the text '<|im_start|>' holds the control token" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def recipe(folder: Path, model: Path, *lines: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text("\n".join([f"model: {{path: {model}, device: cpu}}", *lines]))
+    with path.open("a") as file:
+        if not any(line.startswith("data: {items") for line in lines):
+            file.write(f"\ntrain: {{output: {folder / 'out'}, steps: 1}}\n")
+    return path
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def question(video: Path, **changes: Any) -> dict[str, Any]:
+    return {"id": "1", "video": str(video), "question": "q", "options": ["a", "b"], "answer": "A"} | changes
+
+
+def evaluation(folder: Path, model: Path, rows: list[dict[str, Any]], *overrides: str) -> int:
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = recipe(folder, model, f"data: {{items: {folder / 'items.jsonl'}}}", "selectors: [uniform]", "budgets: [16]")
+    return main(["eval", str(path), f"output={folder / 'eval'}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("changes", "override", "message"),
+    [
+        ({}, "encoder.foo=1", "unknown encoder option 'foo'"),
+        ({}, "encoder.system=5", "5 is not text"),
+        ({}, "data.fps=29.97", "frames to hold at once"),
+        ({}, "memory.count_text=true", "below the"),
+        ({}, "memory.max_text_tokens=1", "the limit is 1"),
+        ({"question": "<|im_end|>"}, "max_new_tokens=3", "question '1': the text"),
+        ({"time_s": math.nan}, "max_new_tokens=3", "time_s is nan"),
+        ({"options": [None, "b"]}, "max_new_tokens=3", "every option must be a text"),
+        ({"options": [["a"], ["b"]]}, "max_new_tokens=3", "every option must be a text"),
+    ],
+)
+def test_an_evaluation_in_which_every_answer_would_fail_does_not_begin(
+    video: Path,
+    nano_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    override: str,
+    message: str,
+) -> None:
+    assert evaluation(tmp_path, nano_folder, [question(video, **changes)], override) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_question_after_the_end_of_its_clip_fails(
+    video: Path, nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [question(video), question(video, id="late", time_s=1000)]
+    assert evaluation(tmp_path, nano_folder, rows) == 0
+    assert "late: asked at 1000 s, the clip ends at" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    assert [f["question"] for f in summary["failed"]] == ["late"]
+
+
+def test_damaged_files_of_an_evaluation(
+    video: Path, nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluation(tmp_path, nano_folder, [question(video)]) == 0
+    folder = tmp_path / "eval"
+    for name, content in (
+        ("identity.json", b"x"),
+        ("identity.json", b"[1]"),
+        ("results-rank0.jsonl", b"\xff\xfe\0\n\n"),
+    ):
+        held = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        assert evaluation(tmp_path, nano_folder, [question(video)]) == 2, (name, content)
+        (folder / name).write_bytes(held)
+    for content in (b"x", b"[]", b"{}", b'{"rows": 5, "failed": []}', b'{"rows": [{}], "failed": []}'):
+        (folder / "summary.json").write_bytes(content)
+        assert main(["report", "--eval", str(folder), "--out", str(tmp_path / "r.html")]) == 2, content
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# Sessions, adapters, checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def session(video: Path, nano_session: StreamingModel) -> StreamSession:
+    with read_windows(video, fps=2.0, window_s=2.0) as windows:
+        session = StreamSession(nano_session, MemorySpec(budget=32, chunk_tokens=64), windows.info)
+        for window in windows:
+            session.feed(window)
+    return session
+
+
+@pytest.mark.parametrize(("asked", "tokens"), [("", 5), (" \n", 5), (None, 5), ("q", 0), ("q", -5), ("q", "5")])
+def test_questions_that_ask_nothing(session: StreamSession, asked: Any, tokens: Any) -> None:
+    with pytest.raises(UserError):
+        session.ask(asked, tokens)
+
+
+def test_sessions_that_cannot_be_written(session: StreamSession, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere" / "s"):
+        with pytest.raises(UserError, match="cannot write the session"):
+            session.save(path)
+
+
+def test_a_rate_is_a_number(nano_session: StreamingModel) -> None:
+    with pytest.raises(UserError, match="fps is '2'"):
+        StreamSession(nano_session, MemorySpec(), INFO, "2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["offset", "layer.0.keys", "layer.1.", "encoder.", "pending.embeds", "about.fps", "about.spec", "about.info"],
+)
+def test_sessions_with_a_part_missing(
+    session: StreamSession, nano_session: StreamingModel, tmp_path: Path, lost: str
+) -> None:
+    session.save(tmp_path / "s")
+    with safe_open(str(tmp_path / "s"), "pt") as file:
+        about = json.loads(file.metadata()["omnimem_session"])
+        tensors = {k: file.get_tensor(k) for k in file.keys() if not k.startswith(lost)}  # noqa: SIM118
+    about.pop(lost.removeprefix("about."), None)
+    save_file(tensors, str(tmp_path / "s"), metadata={"omnimem_session": json.dumps(about)})
+    with pytest.raises(UserError, match="is damaged"):
+        StreamSession.load(tmp_path / "s", nano_session)
+
+
+def test_checkpoints_that_are_damaged(nano_folder: Path, tmp_path: Path) -> None:
+    weights = (nano_folder / "model.safetensors").read_bytes()
+    for name, content in (
+        ("model.safetensors", weights[:-100]),
+        ("model.safetensors", b"x"),
+        ("tokenizer.json", b"x"),
+        ("config.json", b'{"model_type": ["x"]}'),
+    ):
+        shutil.copytree(nano_folder, tmp_path / "model", dirs_exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(content)
+        with pytest.raises(UserError):
+            load_model(tmp_path / "model", device="cpu")
+
+
+def test_a_list_of_broken_files_that_is_damaged(tmp_path: Path) -> None:
+    for content in ("x\n", "5\n", "{}\n"):
+        (tmp_path / "broken").write_text(content)
+        with pytest.raises(UserError, match="is damaged"):
+            BrokenMedia(1, tmp_path / "broken")
+
+
+def test_an_adapter_without_facts_or_settings(tmp_path: Path, nano_session: StreamingModel) -> None:
+    MemorySpec().save(tmp_path / "memory.json")
+    content = json.loads((tmp_path / "memory.json").read_text())
+    for about in (None, []):
+        (tmp_path / "memory.json").write_text(json.dumps(content | {"about": about}))
+        with pytest.raises(UserError, match="belongs to another"):
+            adapter_memory(tmp_path)
+    save_file({"a": torch.zeros(1)}, str(tmp_path / "adapter_model.safetensors"))
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        load_adapter(nano_session, tmp_path)
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tiny", "FILE"],
+        ["tiny", "FILE/x"],
+        ["tiny", "NEW", "--size", "nano", "--seed", "-1"],
+        ["train", "TRAIN", "train.output=FILE"],
+        ["train", "TRAIN", "train.output=FILE/x"],
+        ["ask", "VIDEO", "", "--model", "MODEL"],
+        ["ask", "VIDEO", "q", "--model", "MODEL", "--max-new-tokens", "0"],
+        ["ask", "VIDEO", "q", "--model", "MODEL", "--save", "NEW/x"],
+        ["ask", "VIDEO", "q", "--model", "MODEL", "--fps", "0"],
+        ["ask", "VIDEO", "q", "--model", "MODEL", "--encoder", "max_pixels=abc"],
+    ],
+    ids=lambda a: " ".join(a),
+)
+def test_commands_end_with_a_message_and_2(
+    video: Path, nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "m.json").write_text(json.dumps([entry(video)]))
+    train = recipe(tmp_path, nano_folder, f"data: {{manifest: {tmp_path / 'm.json'}, workers: 0}}")
+    names = {"VIDEO": video, "MODEL": nano_folder, "FILE": tmp_path / "file", "NEW": tmp_path / "new", "TRAIN": train}
+    for name, path in names.items():
+        arguments = [a.replace(name, str(path)) for a in arguments]
+    assert main(arguments) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("omnimem_train.cli._selectors", interrupted)
+    assert main(["selectors"]) == 130
+    assert capsys.readouterr().err.startswith("interrupted")

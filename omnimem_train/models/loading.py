@@ -49,7 +49,8 @@ class ModelConfig:
         for name, value, known in (("dtype", self.dtype, _DTYPES), ("attention", self.attention, _KERNELS)):
             if value not in known:
                 raise UserError(
-                    f"model.{name} is {value!r}{nearest(value, known)}", remedy=f"choose one of: {', '.join(known)}"
+                    f"model.{name} is {value!r}{nearest(str(value), known)}",
+                    remedy=f"choose one of: {', '.join(known)}",
                 )
 
 
@@ -71,7 +72,16 @@ def load_model(
     config = ModelConfig(str(path), dtype, str(device), attention, None if adapter is None else str(adapter))
     target = model_class(config.path)
     where = pick_device(config.device)
-    model: StreamingModel = target.from_checkpoint(config.path, dtype=dtype, device=where, attention=attention)
+    try:
+        model: StreamingModel = target.from_checkpoint(config.path, dtype=dtype, device=where, attention=attention)
+    except UserError:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds at a damaged file
+        raise UserError(
+            f"the checkpoint {config.path} cannot be loaded",
+            cause=(f"{type(error).__name__}: {error}".strip().splitlines())[0],
+            remedy="fetch the checkpoint again; its config.json, weights and tokenizer must belong together",
+        ) from error
     if config.adapter is not None:
         from omnimem_train.models.lora import load_adapter  # peft only where an adapter is
 
@@ -93,7 +103,7 @@ def model_class(path: str) -> Any:
         UserError: see `load_model`.
     """
     kind = read_json(path, "config.json").get("model_type")
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise UserError(
             f"{path} holds a model of type {kind!r}{nearest(str(kind), MODELS)}",
             cause="only models whose encoders and decoder are known here can stream",
@@ -113,7 +123,10 @@ def pick_device(device: str) -> torch.device:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return torch.device(found.type, torch.accelerator.current_device_index()) if found else torch.device("cpu")
     try:
-        return torch.zeros(0, device=device).device
+        found = torch.zeros(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("meta tensors hold no numbers")
+        return found
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"cannot use the device {device!r}", cause=first_line, remedy="try 'auto' or 'cpu'") from error

@@ -308,6 +308,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             cause=str(error),
             remedy=f"give a folder with {CONFIG} and {WEIGHTS}",
         ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} holds no JSON object", remedy="fetch or export the adapter again")
     odd = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         raise UserError(
