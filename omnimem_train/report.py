@@ -1,36 +1,57 @@
-"""One HTML page of a training run and an evaluation: self-contained, no scripts, light and dark."""
+"""One HTML page of a training run and an evaluation: self-contained, no scripts, light and dark, fit for a phone."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnimem_train.charts import Line, chart
+import torch
+import yaml
+
+from omnimem_train.charts import Axis, Line, Point, chart, legend
+from omnimem_train.checkpoint import checkpoints, read_meta
 from omnimem_train.errors import UserError
-from omnimem_train.evaluate import collect
-from omnimem_train.evaluation import FULL, outcomes, read_object, what_counts
+from omnimem_train.markup import Markup, details, join, page, tag
+from omnimem_train.report_eval import Evaluation, context, evaluation_section, headlines, read_evaluation
 from omnimem_train.rng import versions
 from omnimem_train.runlog import read_metrics
-from omnimem_train.stats import by_category
 
-ROW_KEYS = {"name", "method", "budget", "adapter", "memory", "n", "clips", "accuracy", "low", "high", "coverage"}
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
-th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-svg { width: 100%; max-width: 46rem; height: auto; } svg text { font-size: 11px; }
-svg text:not([fill]) { fill: currentColor; }
-svg .grid { stroke: var(--line); } svg .level { stroke: currentColor; stroke-dasharray: 2 3; opacity: 0.6; }
-pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
-.lead { background: var(--soft); padding: 0.6rem 1rem; border-left: 4px solid #0072B2; }
-"""
+POINTS = 300  # of a curve; longer ones are averaged
+SMOOTHED = 30  # log lines from which on a curve gets a running mean
+
+# title, unit, metric or "prefix/" of several, least and greatest value of the axis, factor
+CURVES: tuple[tuple[str, str, str, float | None, float | None, float], ...] = (
+    ("Loss", "nats an answer token", "loss", None, None, 1),
+    ("Loss by budget band", "nats an answer token; bands in tokens", "loss_by_budget/", None, None, 1),
+    ("Distillation loss", "nats an answer token", "distill_loss", None, None, 1),
+    ("Learning rate", "learning rate", "lr", 0, None, 1),
+    ("Gradient norm", "before clipping", "grad_norm", 0, None, 1),
+    ("Kept share by modality", "% of the tokens seen", "kept_share/", 0, 100, 100),
+    ("Throughput", "stream tokens a second, all processes", "tokens_per_s", 0, None, 1),
+    ("Waiting for data", "% of the time", "wait_share", 0, None, 100),
+    ("Peak memory", "GiB, first process", "peak_gib", 0, None, 1),
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run's folder holds.
+
+    Attributes:
+        metrics: lines of `metrics.jsonl`; empty before the first.
+        config: `config.yaml`, or empty.
+        steps: planned, if the configuration says.
+        versions: of the newest checkpoint, with its step.
+    """
+
+    metrics: Sequence[Mapping[str, float]]
+    config: str
+    steps: int | None
+    versions: tuple[int, Mapping[str, str]] | None
 
 
 def write_report(
@@ -44,200 +65,192 @@ def write_report(
         notes: sentences for its top.
 
     Raises:
-        UserError: neither is given, or a folder does not hold what it should.
+        UserError: neither is given, a folder does not hold what it should, or the page cannot be written.
     """
     if train is None and evaluation is None:
         raise UserError("nothing to report", remedy="name a training run, an evaluation, or both")
-    parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="lead">{escape(note)}</p>' for note in notes)]
-    if evaluation is not None:
-        parts += evaluation_parts(evaluation)
-    if train is not None:
-        parts += training_parts(train)
-    parts += ["<h2>Where it ran</h2>", pre(machine())]
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-    page += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    page += f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    run = read_training(train) if train is not None else None
+    measured = read_evaluation(evaluation) if evaluation is not None else None
+    parts = [tag("h1", title), tag("p", overview(run, measured), cls="soft")]
+    parts.append(tag("div", tag("ul", [tag("li", line) for line in lead(run, measured)]), cls="lead"))
+    parts += [tag("p", note, cls="note") for note in notes]
+    if measured is not None:
+        parts += evaluation_section(measured)
+    if run is not None:
+        parts += training_section(run)
+    parts += settings_section(run, measured)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(title, *parts), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out}", cause=str(error)) from error
 
 
-def pre(text: str) -> str:
-    """Text as it is."""
-    return f"<pre>{escape(text)}</pre>"
+def read_training(folder: Path) -> Training:
+    """Read a training run's folder.
+
+    Raises:
+        UserError: it is not one, or its metrics are damaged.
+    """
+    config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    if not config.is_file() and not metrics.is_file():
+        cause = "there is neither config.yaml nor metrics.jsonl"
+        raise UserError(f"{folder} is not the folder of a training run", cause, "name what train.output was")
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    if not all(isinstance(value, int | float) for row in rows for value in row.values()):
+        raise UserError(f"{metrics} holds lines of another kind", remedy="name the folder of a training run")
+    found = checkpoints(folder / "checkpoints")
+    used = None
+    if found:
+        content = read_meta(found[-1])
+        used = (int(content["step"]), content["meta"].get("versions", {}))
+    return Training(rows, text, _planned_steps(text), used)
 
 
-def text_of(path: Path) -> str:
-    """A text file as it is, also if some of its bytes are damaged."""
-    return pre(path.read_text(encoding="utf-8", errors="replace"))
+def _planned_steps(config: str) -> int | None:
+    try:
+        return int(yaml.safe_load(config)["train"]["steps"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None
 
 
-def machine() -> str:
-    """Processor, cores and versions; no names."""
-    lines = [f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"]
-    return "\n".join(lines + [f"{name} {version}" for name, version in versions().items()])
+# The top -------------------------------------------------------------------------------------------------------------
 
 
-# Evaluation ----------------------------------------------------------------------------------------------------------
+def overview(run: Training | None, measured: Evaluation | None) -> str:
+    """What this is about, in a line."""
+    parts = []
+    if measured is not None and measured.rows:
+        questions, clips = (max(r[k] for r in measured.rows) for k in ("n", "clips"))
+        methods = len({r["method"] for r in measured.rows if r["budget"] != "full"})
+        parts.append(f"{questions} questions on {clips} clips, {len(measured.rows)} settings")
+        parts.append(f"{methods} selector{'' if methods == 1 else 's'}")
+    if run is not None and run.metrics:
+        last = run.metrics[-1]
+        parts.append(f"{last['step']:,.0f} steps" + (f" in {duration(last['time_s'])}" if "time_s" in last else ""))
+    return " · ".join(parts) or "Nothing measured yet"
 
 
-def evaluation_parts(folder: Path) -> list[str]:
-    """Headlines, table, accuracy by budget and by category, failures, settings."""
-    path = folder / "summary.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} holds no finished evaluation", cause="there is no summary.json", remedy="run it first"
-        )
-    summary = read_object(path)
-    rows, failed = summary.get("rows"), summary.get("failed")
-    if not isinstance(rows, list) or not isinstance(failed, list) or not all(set(row) >= ROW_KEYS for row in rows):
-        raise UserError(f"{path} is no summary of an evaluation", remedy="run the evaluation again: it rewrites it")
-    parts = ["<h2>Evaluation</h2>", "<ul>", *(f"<li>{escape(line)}</li>" for line in headlines(rows)), "</ul>"]
-    parts += [results_table(rows), "<h2>Accuracy by budget</h2>", accuracy_chart(rows)]
-    parts.append(
-        "<p>Lines: selectors; dashed: base model, solid: with the adapter. Whiskers: 95 % intervals, clustered by "
-        f"clip. {escape(what_counts(rows))}</p>"
-    )
-    parts += category_part(folder, rows)
-    if failed:
-        items = "".join(f"<li>{escape(f['question'])} ({escape(f['clip'])}): {escape(f['why'])}</li>" for f in failed)
-        parts.append(
-            f"<details><summary>{len(failed)} questions failed and count as wrong</summary><ul>{items}</ul></details>"
-        )
-    config = folder / "config.yaml"
-    if config.is_file():
-        parts.append(f"<details><summary>Settings of the evaluation</summary>{text_of(config)}</details>")
-    return parts
-
-
-def headlines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the differences between adapter and base allow to be said, no more; smallest budget first."""
-    compared = sorted((r for r in rows if "difference" in r), key=lambda r: _size(r["budget"]))
-    if not compared:
-        return ["The adapter was not compared with its base model here."]
-    lines = []
-    for row in compared:
-        d = row["difference"]
-        verdict = "not distinguishable from 0"
-        if d["low"] > 0 or d["high"] < 0:
-            verdict = "above 0" if d["low"] > 0 else "below 0"
-            if d.get("p_holm", 1.0) > 0.05:
-                verdict += ", but not after correcting for the number of comparisons"
-        memory = "the full cache" if row["budget"] == FULL else f"{row['method']} at a budget of {row['budget']}"
-        interval = f"{100 * d['value']:+.1f} points [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-        lines.append(f"Adapter minus base, {memory}: {interval}, {verdict}.")
+def lead(run: Training | None, measured: Evaluation | None) -> list[Markup]:
+    """The headlines."""
+    lines = [] if measured is None else [*headlines(measured.rows), *context(measured)]
+    if measured is None:
+        lines.append(join("No evaluation in this report: nothing is said here about how well the model answers."))
+    if run is not None:
+        lines.append(join(training_headline(run)))
     return lines
 
 
-def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All settings."""
-    head = [
-        "memory",
-        "budget",
-        "model",
-        "accuracy, %",
-        "95 % interval",
-        "adapter - base",
-        "p (Holm)",
-        "n / clips",
-        "answered",
-    ]
-    body = []
-    for row in rows:
-        d = row.get("difference")
-        shown = f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" if d else ""
-        cells = [
-            row["method"], row["budget"], "adapter" if row["adapter"] else "base", f"{100 * row['accuracy']:.1f}",
-            f"{100 * row['low']:.1f} to {100 * row['high']:.1f}", shown, f"{d['p_holm']:.3f}" if d else "",
-            f"{row['n']} / {row['clips']}", f"{100 * row['coverage']:.0f} %",
-        ]  # fmt: skip
-        body.append("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
-    return f"<table><tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr>{''.join(body)}</table>"
+def training_headline(run: Training) -> str:
+    """First and last loss, and how far the run got."""
+    if not run.metrics:
+        return "Training: no metrics yet."
+    first, last = run.metrics[0], run.metrics[-1]
+    done = f"Training: {last['step']:,.0f} step{'' if last['step'] == 1 else 's'}"
+    if run.steps is not None and last["step"] < run.steps:
+        done = f"Training: not finished, {last['step']:,.0f} of {run.steps:,} steps"
+    if "loss" not in first or "loss" not in last or first is last:
+        return f"{done}." if "loss" not in last else f"{done}; loss {last['loss']:.3f}."
+    values = f"{first['loss']:.3f} at step {first['step']:,.0f}, {last['loss']:.3f} at step {last['step']:,.0f}"
+    return f"{done}; loss on training clips {values} (not a held-out measure)."
 
 
-def accuracy_chart(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy over budget, a line for each selector with and without adapter; the full cache as a level."""
-    numbered = [r for r in rows if isinstance(r["budget"], int)]
-    methods = list(dict.fromkeys(r["method"] for r in numbered))
-    lines = []
-    for method in methods:
-        for adapter in (False, True):
-            own = sorted(
-                (r for r in numbered if r["method"] == method and r["adapter"] == adapter), key=lambda r: r["budget"]
-            )
-            if own:
-                points = [(r["budget"], 100 * r["accuracy"]) for r in own]
-                spans = [(100 * r["low"], 100 * r["high"]) for r in own]
-                name = method + (" + adapter" if adapter else "")
-                lines.append(Line(name, points, spans, dashed=not adapter, colour=methods.index(method)))
-    levels = [
-        (f"full cache{' + adapter' if r['adapter'] else ''}", 100 * r["accuracy"]) for r in rows if r["budget"] == FULL
-    ]
-    return chart(lines, "budget, tokens", "accuracy, %", log_x=True, y_range=(0, 100), levels=levels)
-
-
-def category_part(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Accuracy by kind of question, if questions have kinds."""
-    keys = {r["name"]: r for r in rows}
-    results = [r for r in collect(folder) if r.setting in keys]
-    tables = {}
-    for name in keys:
-        if own := [r for r in results if r.setting == name]:
-            tables[name] = by_category(outcomes(own))
-    kinds = sorted({kind for table in tables.values() for kind in table} - {""})
-    if not kinds:
-        return []
-    head = "".join(f"<th>{escape(k)}</th>" for k in kinds)
-    body = ""
-    for name, table in tables.items():
-        cells = "".join(f"<td>{escape(str(table[k])) if k in table else ''}</td>" for k in kinds)
-        body += f"<tr><td>{escape(name)}</td>{cells}</tr>"
-    return [f"<details><summary>By kind of question</summary><table><tr><th></th>{head}</tr>{body}</table></details>"]
-
-
-def _size(budget: Any) -> float:
-    return float(budget) if isinstance(budget, int) else float("inf")
+def duration(seconds: float) -> str:
+    """12 s, 3.5 min, 2.1 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 # Training ------------------------------------------------------------------------------------------------------------
 
-CURVES = (
-    ("Loss", "loss an answer token", ("loss",), "loss_by_budget/"),
-    ("Share of the stream kept", "tokens kept / tokens seen", (), "kept_share/"),
-    ("Gradient norm", "before clipping", ("grad_norm",), ""),
-    ("Learning rate", "learning rate", ("lr",), ""),
-    ("Throughput", "stream tokens a second", ("tokens_per_s",), ""),
-    ("Waiting for data", "share of the time", ("wait_share",), ""),
-)
 
-
-def training_parts(folder: Path) -> list[str]:
-    """Curves and settings of a training run."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    parts = ["<h2>Training</h2>"]
-    if rows and not all({"time_s", "loss", "peak_gib"} <= row.keys() for row in rows):
-        raise UserError(
-            f"{folder / 'metrics.jsonl'} holds lines of another kind", remedy="name the folder of a training run"
+def training_section(run: Training) -> list[Markup]:
+    """The curves."""
+    parts = [tag("h2", "Training")]
+    if not run.metrics:
+        said = "The run has not logged anything yet: the first line comes after train.log_every steps."
+        return [*parts, tag("p", said, cls="note")]
+    panels = []
+    for title, unit, key, low, high, factor in CURVES:
+        lines = curves(run.metrics, key, factor)
+        if not lines:
+            continue
+        x = Axis("optimizer step", whole=True)
+        drawn = chart(lines, x, Axis(unit, low=low, high=high))
+        panels.append(
+            tag("figure", tag("figcaption", title), drawn, legend(lines) if len(lines) > 1 or key[-1] == "/" else None)
         )
-    if not rows:
-        return [*parts, "<p>The run has not logged anything yet.</p>"]
-    last, first = rows[-1], rows[0]
-    parts.append(
-        f"<p>{last['step']:.0f} steps in {last['time_s']:.0f} s; loss {first['loss']:.3f} at step {first['step']:.0f}, "
-        f"{last['loss']:.3f} at the end; peak memory {max(r['peak_gib'] for r in rows):.2f} GiB.</p>"
-    )
-    for title, label, names, prefix in CURVES:
-        found = [*names, *sorted({k for r in rows for k in r if prefix and k.startswith(prefix)})]
-        lines = [
-            Line(
-                name.removeprefix(prefix) if name not in names else name,
-                [(r["step"], r[name]) for r in rows if name in r],
-                dashed=bool(names) and name not in names,
-                colour=i,
-            )
-            for i, name in enumerate(found)
-        ]
-        parts += [f"<h3>{escape(title)}</h3>", chart(lines, "step", label)]
-    config = folder / "config.yaml"
-    if config.is_file():
-        parts.append(f"<details><summary>Settings of the training</summary>{text_of(config)}</details>")
-    return parts
+    told = "Means since the log line before. Loss and kept share also follow the budgets that were drawn."
+    if (size := bucket(len(run.metrics))) > 1:
+        told += f" Points are means of {size} log lines."
+    return [*parts, tag("p", told, cls="soft"), tag("div", panels, cls="grid")]
+
+
+def curves(metrics: Sequence[Mapping[str, float]], key: str, factor: float = 1) -> list[Line]:
+    """The lines of a metric, or of all that begin with a prefix ending in "/", bands of budgets in their order."""
+    names = [key] if key[-1] != "/" else sorted({k for row in metrics for k in row if k.startswith(key)}, key=_band)
+    size = bucket(len(metrics))
+    lines: list[Line] = []
+    for name in names:
+        pairs = [(row["step"], factor * row[name]) for row in metrics if name in row]
+        groups = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+        points = [Point(*(sum(v) / len(v) for v in zip(*group, strict=True))) for group in groups]
+        if not points:
+            continue
+        long = key == "loss" and len(points) >= SMOOTHED
+        shown = name.removeprefix(key) if key[-1] == "/" else name
+        lines.append(Line(shown, points, len(lines), faint=long, markers=key[-1] == "/" and len(points) <= 20))
+        if long:
+            width = len(points) // 10
+            lines.append(Line(f"running mean of {width * size} log lines", _smoothed(points, width)))
+    return lines
+
+
+def bucket(n: int) -> int:
+    """How many log lines make a point of a curve."""
+    return -(-n // POINTS)
+
+
+def _smoothed(points: Sequence[Point], width: int) -> list[Point]:
+    """Mean of the last `width` points, from the first full one on."""
+    windows = [points[i - width : i] for i in range(width, len(points) + 1)]
+    return [Point(window[-1].x, sum(p.y for p in window) / width) for window in windows]
+
+
+def _band(name: str) -> tuple[float, str]:
+    """Bands by their first budget, "full" and words behind."""
+    first = name.split("/", 1)[1].split("-")[0]
+    return (float(first) if first.isdigit() else float("inf"), name)
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def settings_section(run: Training | None, measured: Evaluation | None) -> list[Markup]:
+    """Resolved configurations, versions, machine."""
+    parts = [tag("h2", "Settings and versions")]
+    for what, held in (("training", run), ("evaluation", measured)):
+        if held is not None:
+            text = held.config or f"The folder holds no config.yaml of the {what}."
+            parts.append(details(f"Settings of the {what}, defaults included", tag("pre", text)))
+    if run is not None and run.versions is not None:
+        step, used = run.versions
+        parts.append(
+            details(f"Versions of the training, from its checkpoint at step {step:,}", tag("pre", _lines(used)))
+        )
+    return [*parts, details("Where this page was written", tag("pre", _lines(machine() | versions())))]
+
+
+def machine() -> dict[str, Any]:
+    """Processor and accelerators; no names."""
+    about = {"platform": f"{platform.system()} {platform.machine()}", "CPU cores": os.cpu_count()}
+    for i in range(torch.cuda.device_count()):
+        about[f"GPU {i}"] = torch.cuda.get_device_name(i)
+    return about
+
+
+def _lines(about: Mapping[str, Any]) -> str:
+    width = max(map(len, about), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in about.items())

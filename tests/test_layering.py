@@ -15,7 +15,7 @@ LAYERS = [
     ["errors"],
     ["memory"],
     ["models"],
-    ["recipe", "records", "resampling", "rng", "stats"],
+    ["recipe", "records", "resampling", "rng", "stats", "markup"],
     ["media_decode"],
     ["media_sound"],
     ["media_worker"],
@@ -28,6 +28,7 @@ LAYERS = [
     ["checkpoint", "runlog"],
     ["trainer"],
     ["export", "evaluation", "charts"],
+    ["report_eval"],
     ["report", "calibration"],
     ["cli"],
 ]
