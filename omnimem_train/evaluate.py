@@ -211,7 +211,8 @@ class Evaluator:
                 broken[s.key()] = str(error)
 
     def _feed(self, states: dict[str, StreamState], block: TokenBlock, s: Setting) -> None:
-        states[s.key()] = self.streams[s.key()].feed(states[s.key()], block)
+        state = states.pop(s.key())  # a setting that fails must not hold its memory while the others go on
+        states[s.key()] = self.streams[s.key()].feed(state, block)
 
     def _ask(
         self,

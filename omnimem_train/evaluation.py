@@ -123,15 +123,12 @@ class EvalConfig:
             for entry in self.selectors:
                 name, fields = _named(entry)
                 spec = MemorySpec.from_dict(self.memory.to_dict() | fields)
-                label, spec = FULL if budget == FULL else f"{name}@{budget}", _at(spec, budget)
-                if budget != FULL and specs.get(label, spec) != spec:
+                full = budget == FULL  # one setting, whatever the entries are, so it takes nothing from them
+                label, spec = (FULL, _at(self.memory, FULL)) if full else (f"{name}@{budget}", _at(spec, budget))
+                if specs.get(label, spec) != spec:
                     raise UserError(f"two selectors are called {name!r}", remedy="give each a name of its own")
                 specs[label] = spec
-        both = [
-            flag
-            for flag, wanted in ((False, self.with_base), (True, self.with_adapter and self.model.adapter))
-            if wanted
-        ]
+        both = [False] * self.with_base + [True] * bool(self.with_adapter and self.model.adapter)
         return [Setting(f"{name}{'+adapter' if a else ''}", spec, a) for a in both for name, spec in specs.items()]
 
 
@@ -282,7 +279,8 @@ def check_identity(config: EvalConfig, model: StreamingModel) -> None:
     now = {
         "weights": model_fingerprint(model),
         "questions": hashlib.sha256(config.data.items.read_bytes()).hexdigest()[:16],
-        "data": {k: getattr(config.data, k) for k in ("form", "fps", "use_audio", "exact_mel")},
+        "data": {k: getattr(config.data, k) for k in ("form", "fps", "reader", "use_audio", "exact_mel")},
+        "numbers": [config.model.dtype, config.model.attention],
         "encoder": config.encoder,
         "method": [config.method, config.max_new_tokens],
     }

@@ -40,7 +40,8 @@ def export_adapter(
     folder = find_checkpoint(checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint)
     content = read_meta(folder)
     meta = content["meta"]
-    settings = meta["config"]
+    # the adapter as it was trained: one that training started from keeps its own rank and scale
+    settings = meta["config"] | {"lora": meta["lora"]}
     path = model_path or settings["model"]["path"]
     layout = check_layout(model_class(path), layout)
     model = load_model(path, dtype=settings["model"]["dtype"], device=device)

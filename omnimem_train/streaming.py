@@ -9,9 +9,10 @@ Shape legend: see `omnimem_train.memory.state`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import TEXT, VISUAL, LayerMemory
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Tap, TokenBlock
 
+Layers = tuple[LayerMemory, ...]
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -34,7 +38,7 @@ class Gradient:
         kind: "none" (inference), "all" chunks, "last" (the newest `chunks`), or "stop_layer": the OmniMem paper's
             scheme (section on fine-tuning), where intermediate chunks give gradient only below layer `layer` and the
             final chunk and the questions give it in all layers.
-        chunks: for "last".
+        chunks: for "last"; they are counted from the end of the stream, also for questions asked earlier in it.
         layer: for "stop_layer".
         checkpointing: recompute each chunk in the backward pass instead of storing its activations; what is stored
             then is the memory between chunks. The recomputation reuses the selection of the first pass.
@@ -169,7 +173,7 @@ class Stream:
 
         with self._grad(True):
             if self._checkpoints():
-                return checkpoint(run, state.layers, use_reentrant=False)
+                return _recomputed(run, state.layers, block.embeds)
             return run(state.layers)
 
     @torch.no_grad()
@@ -202,7 +206,7 @@ class Stream:
 
         with self._grad(due != "none"):
             if due != "none" and self._checkpoints():
-                layers = checkpoint(run, state.layers, use_reentrant=False)
+                layers = _recomputed(run, state.layers, chunk.embeds)
             else:
                 layers = run(state.layers)
         evicted = any(r is not None for r in rows)
@@ -341,6 +345,12 @@ def encode(encoder: MediaEncoder, windows: Iterable[MediaWindow]) -> Iterator[To
     block = encoder.finish()
     if block is not None and block.n:
         yield block
+
+
+def _recomputed(run: Callable[[Layers], R], layers: Layers, like: Tensor) -> R:
+    """`run(layers)`, computed again in the backward pass. `like` is a tensor on the device where dropout draws:
+    checkpoint keeps the random state of the devices of its tensor arguments, and does not look into dataclasses."""
+    return checkpoint(lambda _, given: run(given), like, layers, use_reentrant=False)
 
 
 def _shift(block: TokenBlock, offset: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ rank through the model with that memory, and updates the adapter on the answers.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from omnimem_train.budget_sampling import BudgetSampler, Draw
@@ -26,7 +27,7 @@ from omnimem_train.data import BrokenMedia, DataConfig, SkippedMedia, StreamData
 from omnimem_train.errors import UserError
 from omnimem_train.models.interface import MediaInfo, StreamingModel
 from omnimem_train.models.loading import load
-from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, lora_parameters
+from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, lora_parameters, settings_of
 from omnimem_train.rng import rng_state, set_rng_state, versions
 from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
 from omnimem_train.runlog import Meter, RunLog
@@ -41,7 +42,8 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         UserError: anything about the settings, the model or the data that can be known before training, broken media
-            beyond the declared limit, or a loss or gradient that is not finite (the optimizer is not stepped then).
+            beyond the declared limit, or a loss or gradient that is not finite (the optimizer is not stepped then;
+            under DeepSpeed that holds for the loss, the engine steps before the gradient is known).
     """
     t = config.train
     accelerator = make_accelerator(t)
@@ -71,7 +73,9 @@ def train(config: RunConfig) -> Path:
     clips = run.encoded(loader.position)
     meter = Meter(accelerator.device)
     preflight(run)
-    with RunLog(t.output, rank, total_steps=t.steps, resumed_at=start if found else None) as log:
+    # a run that stopped before its first checkpoint begins anew over what it had logged
+    resumed_at = start if found or t.resume == "auto" else None
+    with RunLog(t.output, rank, total_steps=t.steps, resumed_at=resumed_at) as log:
         introduce(run, log, modules, sum(p.numel() for p in weights))
         folder = found
         for step in range(start, t.steps):
@@ -88,6 +92,8 @@ def train(config: RunConfig) -> Path:
                     result = stepper(encoded, spec, config.gradient)
                     # accelerate divides by the accumulation, the engine averages over ranks; undo both, then divide
                     # by the answer tokens of the whole step
+                    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                        check_finite(step, result.loss, None, draw)  # the engine updates inside backward
                     accelerator.backward(result.loss * (world * t.accumulation / targets))
                     note_result(meter, result, config, draw)
                     if accelerator.sync_gradients:
@@ -100,6 +106,7 @@ def train(config: RunConfig) -> Path:
             if done % t.log_every == 0 or done == t.steps:
                 row = {"budget": draw.budget or 0, "chunk_tokens": draw.chunk_tokens, "lr": t.lr_at(step)}
                 log.log(done, meter.read(run.sum_over_ranks_exact) | row)
+            del batch, encoded, result  # the next clips are encoded before anything else replaces these
             if done == t.steps or (t.save_every and done % t.save_every == 0):
                 with meter.paused():
                     folder = run.save(done)
@@ -150,7 +157,11 @@ class Run:
     def save(self, step: int) -> Path:
         """Write a checkpoint after `step` steps."""
         sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        about = {"budgets": self.sampler.state_dict(), "versions": versions(), "model": self.config.model.path}
+        about = {
+            "budgets": self.sampler.state_dict(),
+            "versions": versions(),
+            "lora": to_plain(settings_of(self.model)),
+        }
         return save_checkpoint(
             self.config.train.output / "checkpoints",
             step,
@@ -199,8 +210,14 @@ def make_accelerator(t: TrainConfig) -> Accelerator:
         if not t.deepspeed.is_file():
             raise UserError(f"there is no DeepSpeed configuration {t.deepspeed}", remedy="correct train.deepspeed")
         plugin = DeepSpeedPlugin(hf_ds_config=str(t.deepspeed))
+    # without a GPU accelerate names no backend for DeepSpeed, and every process would take itself for the only one
+    gloo = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     accelerator = Accelerator(
-        gradient_accumulation_steps=t.accumulation, deepspeed_plugin=plugin, step_scheduler_with_optimizer=False
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [],
+        mixed_precision="no",
+        gradient_accumulation_steps=t.accumulation,
+        deepspeed_plugin=plugin,
+        step_scheduler_with_optimizer=False,
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = accelerator.state.deepspeed_plugin
@@ -216,6 +233,12 @@ def make_accelerator(t: TrainConfig) -> Accelerator:
             "gradient_accumulation_steps": t.accumulation,
             "gradient_clipping": t.max_grad_norm,
         }
+    elif t.deepspeed is not None:
+        raise UserError(
+            f"train.deepspeed={t.deepspeed} is set, but accelerate chose {accelerator.distributed_type.value}",
+            cause="DeepSpeed needs a distributed launcher, and accelerate leaves it out when told to use the CPU",
+            remedy="launch with torchrun or deepspeed (on a CPU with DS_ACCELERATOR=cpu, without ACCELERATE_USE_CPU)",
+        )
     return accelerator
 
 
@@ -254,6 +277,8 @@ def preflight(run: Run) -> None:
             be drawn and is below the text it has to hold; a turn that holds a control token.
     """
     config, model = run.config, run.model
+    if config.gradient.kind == "none":
+        raise UserError("gradient.kind=none trains nothing", remedy="choose all, last or stop_layer")
     Stream(model, config.memory, config.gradient, total_tokens=1)
     budgets = Stream(model, config.memory.at(config.budgets.smallest)).budgets
     info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)
@@ -311,8 +336,8 @@ def note_result(meter: Meter, result: StepResult, config: RunConfig, draw: Draw)
         meter.mean("distill_loss", result.distill_loss / result.targets, result.targets)
     meter.count("tokens", result.stream_tokens)
     for name, kept in result.kept.items():
-        if seen := result.seen[name]:
-            meter.mean(f"kept_share/{name}", kept / seen)
+        seen = result.seen[name]  # every rank notes every name, seen or not: the meter sums over ranks by place
+        meter.mean(f"kept_share/{name}", kept / max(seen, 1), float(seen > 0))
 
 
 def check_finite(step: int, loss: Tensor, norm: Tensor | float | None, draw: Draw) -> None:

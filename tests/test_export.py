@@ -44,7 +44,7 @@ def checkpoint(folder: Path, base: Path, trained: bool = True) -> Any:
         tensors={"adapter": dict(lora_parameters(model))},
         objects={},
         rank_objects={},
-        meta={"config": to_plain(config), "versions": versions()},
+        meta={"config": to_plain(config), "versions": versions(), "lora": to_plain(LORA)},
     )
     return model
 

@@ -231,6 +231,7 @@ def test_zero_2_with_two_processes_equals_one(rendered: Path, tmp_path: Path) ->
 
     finished(launch(recipe, tmp_path / "one"))
     finished(launch(recipe, tmp_path / "two", "train.accumulation=1", zero2, processes=2, DS_ACCELERATOR="cpu"))
+    assert (tmp_path / "two" / "checkpoints" / "step-00000002" / "deepspeed").is_dir(), "DeepSpeed was not in use"
     one, two = (
         load_file(tmp_path / name / "checkpoints" / "step-00000002" / "adapter.safetensors") for name in ("one", "two")
     )

@@ -105,8 +105,12 @@ class Change:
 
     def __init__(self, c: Candidates) -> None:
         self.values = c.tokens.values.to(real(c.tokens.values))  # (B, G, S, D)
-        weight = output_weight(c).to(self.values.dtype).unflatten(1, (-1, c.group))
-        self.gram = torch.einsum("xghd,xgke->ghkde", weight, weight)  # W_h^T W_k, (G, N, N, D, D)
+        self.weight = output_weight(c).to(self.values.dtype).unflatten(1, (-1, c.group))  # W, (E, G, N, D)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(G, N, N, D, D): W_h^T W_k, for the group norm alone."""
+        return torch.einsum("xghd,xgke->ghkde", self.weight, self.weight)
 
     @cached_property
     def size(self) -> Tensor:
@@ -114,10 +118,10 @@ class Change:
         values = self.values.unsqueeze(2)
         return ((values @ self.own_gram) * values).sum(-1).unsqueeze(-2)
 
-    @property
+    @cached_property
     def own_gram(self) -> Tensor:
         """(G, N, D, D): W_h^T W_h."""
-        return self.gram.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
+        return torch.einsum("xghd,xghe->ghde", self.weight, self.weight)
 
     def of_heads(self, attention: Tensor) -> Tensor:
         """(B, G, N, p, S) attention -> (B, G, N, p, S): the norm for each query head by itself."""

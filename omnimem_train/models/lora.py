@@ -130,6 +130,14 @@ def lora_parameters(model: StreamingModel) -> Iterator[tuple[str, nn.Parameter]]
             yield name, parameter
 
 
+def settings_of(model: StreamingModel) -> LoraSettings:
+    """The settings of the adapter that is on `model`, wherever it came from."""
+    assert model.adapter is not None
+    held = model.adapter.peft_config[NAME]
+    targets = tuple(sorted({name.rsplit(".", 1)[1] for name, _ in _halves(model)}))
+    return LoraSettings(held.r, held.lora_alpha, held.lora_dropout, targets)
+
+
 @contextmanager
 def disable_adapter(model: StreamingModel) -> Iterator[None]:
     """Inside, the model runs as if it had no adapter. What is trainable afterwards is what was before."""
