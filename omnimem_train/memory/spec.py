@@ -51,7 +51,7 @@ class MemorySpec:
         selector: name of a selector (`omnimem selectors` lists them).
         selector_options: its options.
         budget: what a kv head of a layer keeps between chunks: a number of tokens, a size for the whole memory
-            (keys and values of all layers; pinned text is on top unless counted) such as "512MiB", or None for no limit.
+            (keys and values of all layers, pinned text on top) such as "512MiB", or None for no limit.
         chunk_tokens: tokens run through the language model before the memory is compressed again. During a chunk its
             tokens come on top of the budget.
         allocation: how a layer's budget is split over modalities.
