@@ -339,6 +339,8 @@ class StreamLoader:
         """Clips from number `start` on, without end or up to `stop`. A clip is closed when the next one is asked for.
 
         Closing the iterator stops the decoding of what is ahead. `start` costs nothing: no clip before it is opened.
+
+        Raises: UserError if every clip turned out to be broken.
         """
         config, ahead = self.dataset.config, deque[LoadedClip]()
         self.position = following = start
@@ -353,6 +355,12 @@ class StreamLoader:
                 yield self._current
                 self._handed_out_s, self._current = self.waited_s, None
                 ahead.popleft().close()
+                if len(self.dataset) <= len(self.broken) <= config.max_broken:  # all may be skipped: never ends
+                    raise UserError(
+                        f"all {len(self.dataset)} clips are broken",
+                        cause="there is nothing to train on",
+                        remedy="see what is wrong with the first of them: data.max_broken=0",
+                    )
         finally:
             for clip in ahead:
                 clip.close()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,13 +54,27 @@ class StreamSession:
 
     @torch.no_grad()
     def feed(self, window: MediaWindow) -> None:
-        """Take in the next window; windows must follow each other."""
+        """Take in the next window; windows must follow each other.
+
+        Raises:
+            UserError: one out of order, or that does not hold what `MediaWindow` says.
+        """
         if abs(window.start_s - self.watched_s) > 1e-3:
             raise UserError(
                 f"this window starts at {window.start_s:g} s, the stream stands at {self.watched_s:g} s",
                 remedy="feed windows in order and without gaps",
             )
-        self._take(self.encoder.push(window))
+        try:
+            check_window(window, self.info, self.fps)
+            block = self.encoder.push(window)
+        except ValueError as error:
+            raise UserError(
+                f"the window from {window.start_s:g} s on cannot be taken in",
+                cause=str(error),
+                remedy=f"cut windows at multiples of {self.model.window_s(self.fps):g} s, with {self.fps:g} frames "
+                f"and {self.model.sampling_rate} samples a second; only at the end of a track may there be less",
+            ) from error
+        self._take(block)
         self.watched_s = window.end_s
         if window.last:
             self._take(self.encoder.finish())
@@ -171,6 +187,22 @@ class StreamSession:
         return session
 
 
+def check_window(window: MediaWindow, info: MediaInfo, fps: float) -> None:
+    """Raises ValueError unless the arrays of a window are what `MediaWindow` says."""
+    frames, samples = window.frames, window.samples
+    if info.has_video and (frames is None or frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8):
+        found = None if frames is None else (frames.dtype.name, frames.shape)
+        raise ValueError(f"frames are (n, height, width, 3) uint8, not {found}")
+    room = math.ceil(window.end_s * fps - 1e-6) - math.ceil(window.start_s * fps - 1e-6)
+    if info.has_video and frames is not None and len(frames) > room:
+        raise ValueError(f"it holds {len(frames)} frames, and there is room for {room}")
+    if info.has_audio and (samples is None or samples.ndim != 1 or samples.dtype.kind != "f"):
+        found = None if samples is None else (samples.dtype.name, samples.shape)
+        raise ValueError(f"samples are (n,) float32 in [-1, 1], not {found}")
+    if info.has_audio and samples is not None and not np.isfinite(samples).all():
+        raise ValueError("some samples are no numbers")
+
+
 def model_fingerprint(model: StreamingModel, adapters: bool = True) -> str:
     """16 hex digits of the decoder layers: names, shapes and some values of their weights.
 
@@ -216,5 +248,7 @@ def _state(tensors: dict[str, Tensor], about: dict[str, Any], model: StreamingMo
     if held := {k: v.to(model.device) for k, v in _part(tensors, "pending.").items()}:
         pending = TokenBlock(held["embeds"], held["positions"], held["modality"], held["time_s"])
         pending = replace(pending, extras=_part(held, "extras."))
+    if not isinstance(about["n_run"], int) or not isinstance(about["n_chunks"], int):
+        raise ValueError("the numbers of tokens and chunks are no whole numbers")
     offset, horizon = tensors["offset"].to(model.device), tensors["horizon"].to(model.device)
     return StreamState(tuple(layers), pending, about["n_run"], about["n_chunks"], offset, horizon)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,29 @@ def test_a_rate_is_a_number(nano_session: StreamingModel) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: replace(w, frames=None),
+        lambda w: replace(w, frames=w.frames[..., 0]),
+        lambda w: replace(w, frames=w.frames.astype(np.float32)),
+        lambda w: replace(w, frames=np.concatenate([w.frames] * 2)),
+        lambda w: replace(w, samples=None),
+        lambda w: replace(w, samples=np.stack([w.samples] * 2)),
+        lambda w: replace(w, samples=(w.samples * 32767).astype(np.int16)),
+        lambda w: replace(w, samples=w.samples * np.nan),
+        lambda w: replace(w, samples=np.concatenate([w.samples] * 2)),
+    ],
+    ids=["no frames", "grey", "float", "twice the frames", "no sound", "stereo", "int16", "nan", "twice the sound"],
+)
+def test_windows_that_are_none(nano_session: StreamingModel, change: Callable[[MediaWindow], MediaWindow]) -> None:
+    session = StreamSession(nano_session, MemorySpec(), INFO, 2.0)
+    first, second, *_ = omni_clips.Clip(8.0, 2.0).windows(2.0)
+    session.feed(first)
+    with pytest.raises(UserError, match="cannot be taken in"):
+        session.feed(change(second))
+
+
+@pytest.mark.parametrize(
     "lost",
     ["offset", "layer.0.keys", "layer.1.", "encoder.", "pending.embeds", "about.fps", "about.spec", "about.info"],
 )
@@ -389,6 +413,17 @@ def test_a_list_of_broken_files_that_is_damaged(tmp_path: Path) -> None:
         (tmp_path / "broken").write_text(content)
         with pytest.raises(UserError, match="is damaged"):
             BrokenMedia(1, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_on_broken_files_alone_ends(
+    nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    (tmp_path / "text.mp4").write_text("hello")
+    (tmp_path / "m.json").write_text(json.dumps([entry(tmp_path / "text.mp4")]))
+    data = f"data: {{manifest: {tmp_path / 'm.json'}, max_broken: 5, workers: {workers}}}"
+    assert main(["train", str(recipe(tmp_path, nano_folder, data))]) == 2
+    assert "all 1 clips are broken" in capsys.readouterr().err
 
 
 def test_an_adapter_without_facts_or_settings(tmp_path: Path, nano_session: StreamingModel) -> None:
