@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,12 +71,14 @@ def train(config: RunConfig) -> Path:
     run = Run(config, accelerator, model, stepper, optimizer, loader, sampler)
     seed_rank(t.seed, rank)
     start = run.restore(found) if found else 0
-    clips = run.encoded(loader.position)
     meter = Meter(accelerator.device)
     preflight(run)
     # a run that stopped before its first checkpoint begins anew over what it had logged
     resumed_at = start if found or t.resume == "auto" else None
-    with RunLog(t.output, rank, total_steps=t.steps, resumed_at=resumed_at) as log:
+    with (
+        RunLog(t.output, rank, total_steps=t.steps, resumed_at=resumed_at) as log,
+        closing(run.encoded(loader.position)) as clips,  # whatever happens, decoding ahead ends with the run
+    ):
         introduce(run, log, modules, sum(p.numel() for p in weights))
         folder = found
         for step in range(start, t.steps):
@@ -127,7 +130,7 @@ class Run:
     loader: StreamLoader
     sampler: BudgetSampler
 
-    def encoded(self, start: int) -> Iterator[EncodedStream]:
+    def encoded(self, start: int) -> Generator[EncodedStream, None, None]:
         """Encoded clips from number `start` on. A broken file within the declared limit is passed over; it is counted
         and listed by the loader."""
         for clip in self.loader.clips(start):
