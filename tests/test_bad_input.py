@@ -28,7 +28,7 @@ from omnimem_train.export import adapter_memory
 from omnimem_train.losses import LossConfig
 from omnimem_train.manifest import load_manifest
 from omnimem_train.media import MediaError, read_windows
-from omnimem_train.memory import MemorySpec
+from omnimem_train.memory import VISUAL, MemorySpec
 from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn, paired_window_s
 from omnimem_train.models.loading import ModelConfig, load_model, pick_device
 from omnimem_train.models.lora import load_adapter
@@ -78,6 +78,17 @@ def test_sound_may_end_before_the_picture(model: StreamingModel, sound_s: float)
     assert torch.equal(pieces.positions, expected.positions)
     assert torch.equal(pieces.modality, expected.modality)
     torch.testing.assert_close(pieces.time_s, expected.time_s)
+
+
+def test_sound_that_has_ended_holds_no_picture_back(model: StreamingModel) -> None:
+    clip = omni_clips.Clip(8.0, 2.0)
+    assert clip.samples is not None
+    clip.samples = clip.samples[:8000]
+    windows = list(clip.windows(2.0))
+    encoder = model.open(INFO, 2.0)
+    early = TokenBlock.cat([encoder.start(), *filter(None, map(encoder.push, windows[:-1]))])
+    whole = streamed(model, windows)
+    assert int((early.modality == VISUAL).sum()) >= int((whole.modality == VISUAL).sum()) // 2
 
 
 @pytest.mark.parametrize("reader", ["decord", "pyav"])
