@@ -1,4 +1,4 @@
-"""One training step on one stream: stream it with compression, ask, sum the losses.
+"""One training step on a stream, or on streams of equal layout side by side: compress, ask, sum the losses.
 
 All chunks run inside one `forward` of one module, so DDP and ZeRO see a single call however many there are. The
 encoders are frozen and run before it (`encode_stream`), where no gradient and no engine is.
@@ -6,9 +6,10 @@ encoders are frozen and run before it (`encode_stream`), where no gradient and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,11 @@ class TimedTurn:
 
 @dataclass(frozen=True)
 class Question:
-    """A turn as tokens.
+    """A turn as tokens; with several streams, one turn of each, padded at their ends to one length.
 
     Attributes:
-        block: closing marks and the turn.
-        read: (m,) int64 rows of `block` whose next token is supervised.
+        block: (B, n) closing marks and the turn.
+        read: (m, 2) int64 (stream, row of `block`) of the places whose next token is supervised.
         targets: (m,) int64 those next tokens.
     """
 
@@ -61,8 +62,13 @@ class EncodedStream:
     moments: list[Moment]
 
     @property
+    def n_streams(self) -> int:
+        """Streams side by side, B."""
+        return self.blocks[0].embeds.shape[0]
+
+    @property
     def n_tokens(self) -> int:
-        """Tokens of the stream itself, questions not counted."""
+        """Tokens of each stream itself, questions not counted."""
         return sum(block.n for block in self.blocks)
 
     @property
@@ -70,19 +76,66 @@ class EncodedStream:
         """All questions, in the order of the moments."""
         return [q for moment in self.moments for q in moment.questions]
 
+    @staticmethod
+    def stack(streams: Sequence[EncodedStream]) -> EncodedStream:
+        """Streams side by side, each with its own questions.
+
+        Raises:
+            ValueError: they differ in layout (blocks, modalities, moments).
+        """
+        first = streams[0]
+        if any(layout_of(s) != layout_of(first) for s in streams[1:]):
+            raise ValueError("streams of one batch must have equal blocks, modalities and moments")
+        blocks = [TokenBlock.stack(list(same)) for same in zip(*(s.blocks for s in streams), strict=True)]
+        moments = []
+        for same in zip(*(s.moments for s in streams), strict=True):
+            waiting = [m.waiting for m in same if m.waiting is not None]
+            questions = zip_longest(*(m.questions for m in same))
+            moments.append(
+                Moment(
+                    same[0].after,
+                    TokenBlock.stack(waiting) if waiting else None,
+                    [_side_by_side(row, [m.questions[0].block for m in same]) for row in questions],
+                )
+            )
+        return EncodedStream(blocks, moments)
+
+
+def layout_of(stream: EncodedStream) -> tuple[object, ...]:
+    """What streams must share to run side by side: tokens and modalities of their blocks, and when they are asked."""
+    moments = tuple((m.after, None if m.waiting is None else m.waiting.n) for m in stream.moments)
+    return (*(tuple(block.modality[0].tolist()) for block in stream.blocks), moments)
+
+
+def _side_by_side(questions: Sequence[Question | None], fill: Sequence[TokenBlock]) -> Question:
+    """A question of each stream as one. Where a stream has none left, its block of `fill` stands there, unread."""
+    blocks = [f if q is None else q.block for q, f in zip(questions, fill, strict=True)]
+    longest = max(block.n for block in blocks)
+    read, targets = [], []
+    for number, q in enumerate(questions):
+        if q is not None:
+            read.append(q.read + torch.tensor([number, 0], device=q.read.device))
+            targets.append(q.targets)
+    return Question(TokenBlock.stack([_padded(b, longest) for b in blocks]), torch.cat(read), torch.cat(targets))
+
+
+def _padded(block: TokenBlock, n: int) -> TokenBlock:
+    """`block` with its last token repeated up to `n` tokens. Nothing before the padding sees it."""
+    return block if block.n == n else TokenBlock.cat([block] + [block[-1:]] * (n - block.n))
+
 
 @dataclass
 class StepResult:
-    """What one stream gave.
+    """What one stream, or streams side by side, gave.
 
     Attributes:
         loss: scalar with gradient, summed over supervised tokens and weighted as the config says.
         answer_loss, distill_loss: the unweighted sums, detached.
         targets: supervised tokens.
-        stream_tokens: tokens streamed.
+        stream_tokens: tokens streamed, of all streams.
         chunks: chunks run.
-        kept: "text", "visual", "audio" -> tokens kept at the end, mean over layers and heads (a tensor).
-        seen: the same modalities -> tokens streamed.
+        kept: "text", "visual", "audio" -> tokens a stream keeps to the end, mean over layers and heads (a tensor).
+        seen: the same modalities -> tokens of a stream.
     """
 
     loss: Tensor
@@ -139,19 +192,20 @@ def _moment(encoder: MediaEncoder, turns: list[TimedTurn], after: int, device: t
         ids, labels = turn.rendered.ids.to(device), turn.rendered.labels.to(device)
         block, read = encoder.text(ids), supervised(labels)
         # closing marks come before the ids and are never supervised
-        questions.append(Question(block, read + block.n - ids.shape[0], labels[read + 1]))
+        rows = read + block.n - ids.shape[0]
+        questions.append(Question(block, torch.stack([torch.zeros_like(rows), rows], dim=-1), labels[read + 1]))
     return Moment(after, encoder.waiting(), questions)
 
 
 def answer_logits(stream: Stream, encoded: EncodedStream) -> tuple[list[Tensor], StreamState]:
-    """Stream `encoded` and answer its questions.
+    """Stream `encoded` (one stream or several side by side) and answer its questions.
 
     Questions of one moment share one pass over the memory.
 
     Returns:
         for each question (m, vocabulary) logits of its supervised tokens; and the state at the stream's end, flushed.
     """
-    state, logits, n_fed = stream.start(), list[Tensor](), 0
+    state, logits, n_fed = stream.start(encoded.n_streams), list[Tensor](), 0
     for moment in encoded.moments:
         state = stream.feed_all(state, encoded.blocks[n_fed : moment.after])
         n_fed = moment.after
@@ -162,12 +216,11 @@ def answer_logits(stream: Stream, encoded: EncodedStream) -> tuple[list[Tensor],
 
 
 def _ask(stream: Stream, state: StreamState, questions: list[Question]) -> list[Tensor]:
-    hidden = stream.ask(state, [q.block for q in questions])[0]
-    starts = [0]
-    for q in questions:
-        starts.append(starts[-1] + q.block.n)
-    rows = torch.cat([q.read + start for q, start in zip(questions, starts, strict=False)])
-    return list(stream.model.logits(hidden[rows]).split([len(q.read) for q in questions]))
+    hidden = stream.ask(state, [q.block for q in questions])
+    starts = accumulate((q.block.n for q in questions), initial=0)
+    places = [(q.read[:, 0], q.read[:, 1] + start) for q, start in zip(questions, starts, strict=False)]
+    streams, rows = (torch.cat(part) for part in zip(*places, strict=True))
+    return list(stream.model.logits(hidden[streams, rows]).split([len(q.read) for q in questions]))
 
 
 class StreamingStep(nn.Module):
@@ -190,7 +243,7 @@ class StreamingStep(nn.Module):
         self.module = model.module
 
     def forward(self, encoded: EncodedStream, spec: MemorySpec, gradient: Gradient) -> StepResult:
-        """Loss of one stream under one memory spec."""
+        """Loss of a stream, or of streams side by side, under one memory spec."""
         stream = Stream(self.model, spec, gradient, encoded.n_tokens)
         logits, state = answer_logits(stream, encoded)
         answer = torch.stack([answer_loss(x, q.targets) for x, q in zip(logits, encoded.questions, strict=True)]).sum()
@@ -203,7 +256,7 @@ class StreamingStep(nn.Module):
             answer_loss=answer.detach(),
             distill_loss=distill.detach(),
             targets=sum(len(q.targets) for q in encoded.questions),
-            stream_tokens=encoded.n_tokens,
+            stream_tokens=encoded.n_tokens * encoded.n_streams,
             chunks=state.n_chunks,
             kept=kept_by_modality(state),
             seen=seen_by_modality(encoded.blocks),

@@ -95,7 +95,7 @@ def test_loss_is_that_of_a_plain_forward(nano_session: StreamingModel) -> None:
     positions = torch.cat([b.positions for b in blocks], 1).permute(2, 0, 1)
     with torch.no_grad():
         logits = nano_session.module(inputs_embeds=embeds, position_ids=positions).logits[0]
-    rows = stream.questions[0].read + sum(b.n for b in stream.blocks)
+    rows = stream.questions[0].read[:, 1] + sum(b.n for b in stream.blocks)
     expected = torch.nn.functional.cross_entropy(logits[rows], stream.questions[0].targets, reduction="sum")
     assert float(result.loss) == pytest.approx(float(expected), abs=1e-3)
     assert result.targets == len(stream.questions[0].targets)
@@ -206,4 +206,4 @@ def test_supervised_rows_come_right_before_their_tokens(nano_session: StreamingM
     """The token after a supervised row is the target, closing marks in front or not."""
     for question in encoded(nano_session, TURNS).questions:
         table = nano_session.module.get_input_embeddings().weight
-        assert torch.equal(question.block.embeds[0, question.read + 1], table[question.targets])
+        assert torch.equal(question.block.embeds[0, question.read[:, 1] + 1], table[question.targets])

@@ -34,6 +34,7 @@ from omnimem_train.models.interface import (
 from omnimem_train.models.layout import BLOCK_POSITIONS, POSITIONS_PER_S
 from omnimem_train.models.loading import find_file, read_json
 from omnimem_train.models.preprocess import Settings, peak_log_mel, read_settings, smart_resize
+from omnimem_train.models.segments import NAME as SEGMENTS
 
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -79,6 +80,9 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
     def __init__(self, module: nn.Module, tokenizer: Any, preprocessing: Settings, attention: str = "sdpa") -> None:
         self.parts = Parts.of(module)
         super().__init__(module, self.parts.text, cast(nn.Module, module.lm_head), attention)
+        for tower in (self.parts.visual, self.parts.audio):
+            # through the configuration: `set_attn_implementation` takes a name with "flash" in it for a kernel to load
+            cast(Any, tower).config._attn_implementation = SEGMENTS
         self.tokenizer, self.preprocessing = tokenizer, preprocessing
         self.sampling_rate = preprocessing.sampling_rate
         self.eos_ids = tuple(self.token_ids(["<|im_end|>", "<|endoftext|>"]))
