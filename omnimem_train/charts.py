@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from omnimem_train.markup import Markup, tag
+from omnimem_train.markup import Markup, join, tag
 
 WIDTH, HEIGHT = 360, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 42
@@ -78,37 +78,48 @@ class Axis:
     text: Callable[[float], str] | None = None
 
 
-def chart(lines: Sequence[Line], x: Axis, y: Axis, levels: Sequence[Level] = ()) -> Markup:
-    """Lines, with whiskers where points have intervals; those of one x stand side by side."""
+def chart(
+    lines: Sequence[Line],
+    x: Axis,
+    y: Axis,
+    levels: Sequence[Level] = (),
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    apart: float = 7.0,
+) -> Markup:
+    """Lines, with whiskers where points have intervals; those of one x stand side by side, `apart` units."""
     finite = [p for line in lines for p in line.points if math.isfinite(p.y)]
     if not finite:
         return tag("p", "Nothing was measured.", cls="soft")
     heights = [v for p in finite for v in (p.y, p.low, p.high) if v is not None] + [level.y for level in levels]
-    to_x, x_ticks = _scale(x, [p.x for p in finite], LEFT, WIDTH - RIGHT, margin=18 if x.log else 4)
-    to_y, y_ticks = _scale(y, heights, HEIGHT - BOTTOM, TOP)
-    parts = _frame(x, y, to_x, to_y, x_ticks, y_ticks)
+    width, height = size
+    whiskers = sum(any(p.low is not None for p in line.points) for line in lines)
+    spread = apart * (len(lines) - 1) / 2 if whiskers > 1 else 0.0
+    margin = max(18.0, spread + 4) if x.log else 4.0
+    to_x, x_ticks = _scale(x, [p.x for p in finite], LEFT, width - RIGHT, margin)
+    to_y, y_ticks = _scale(y, heights, height - BOTTOM, TOP)
+    parts = _frame(x, y, to_x, to_y, x_ticks, y_ticks, size)
     for level in levels:
         at = to_y(level.y)
-        shape = tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at, cls="axis", stroke_dasharray=level.dash)
+        shape = tag("line", x1=LEFT, x2=width - RIGHT, y1=at, y2=at, cls="axis", stroke_dasharray=level.dash)
         parts.append(tag("g", tag("title", f"{level.name}: {_text(y, level.y)}"), shape))
-    whiskers = sum(any(p.low is not None for p in line.points) for line in lines)
     for i, line in enumerate(lines):
-        shift = 7.0 * (i - (len(lines) - 1) / 2) if whiskers > 1 else 0.0
+        shift = apart * i - spread if whiskers > 1 else 0.0
         parts.append(_draw(line, x, y, to_x, to_y, shift))
-    return tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{y.label} over {x.label}")
+    return tag("svg", parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=f"{y.label} over {x.label}")
+
+
+def swatch(line: Line | Level) -> Markup:
+    """How a line looks, 34 by 12 units."""
+    if isinstance(line, Level):
+        return tag("line", x1=0, x2=34, y1=6, y2=6, cls="axis", stroke_dasharray=line.dash)
+    marker = _marker(line, 17, 6) if line.markers else None
+    return join([tag("line", x1=0, x2=34, y1=6, y2=6, **_stroke(line)), marker])
 
 
 def legend(lines: Sequence[Line], levels: Sequence[Level] = ()) -> Markup:
     """What the lines are."""
-    entries = []
-    for line in lines:
-        marker = _marker(line, 17, 6) if line.markers else None
-        swatch = tag("line", x1=0, x2=34, y1=6, y2=6, **_stroke(line))
-        entries.append((swatch, marker, line.name))
-    for level in levels:
-        swatch = tag("line", x1=0, x2=34, y1=6, y2=6, cls="axis", stroke_dasharray=level.dash)
-        entries.append((swatch, None, level.name))
-    items = [tag("li", tag("svg", s, m, viewBox="0 0 34 12", aria_hidden="true"), name) for s, m, name in entries]
+    entries: list[Line | Level] = [*lines, *levels]
+    items = [tag("li", tag("svg", swatch(e), viewBox="0 0 34 12", aria_hidden="true"), e.name) for e in entries]
     return tag("ul", items, cls="legend")
 
 
@@ -179,23 +190,24 @@ def _frame(
     to_y: Callable[[float], float],
     x_ticks: Sequence[float],
     y_ticks: Sequence[float],
+    size: tuple[int, int],
 ) -> list[Markup]:
     """Rules, axes and their labels."""
-    parts = []
+    parts, (width, height) = [], size
     for v in y_ticks:
-        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=to_y(v), y2=to_y(v), cls="rule"))
+        parts.append(tag("line", x1=LEFT, x2=width - RIGHT, y1=to_y(v), y2=to_y(v), cls="rule"))
         parts.append(tag("text", _text(y, v), x=LEFT - 5, y=to_y(v) + 4, text_anchor="end"))
-    bottom, free = HEIGHT - BOTTOM, -math.inf
+    bottom, free = height - BOTTOM, -math.inf
     for v in x_ticks:
         text, at = _text(x, v), to_x(v)
         half = GLYPH * len(text) / 2
         parts.append(tag("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, cls="axis"))
-        middle = min(at, WIDTH - half)
+        middle = min(at, width - half)
         if middle - half > free:  # a label that would touch the last one is left out
             parts.append(tag("text", text, x=middle, y=bottom + 16, text_anchor="middle"))
             free = middle + half + GLYPH
-    parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom, cls="axis"))
-    parts.append(tag("text", x.label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 8, text_anchor="middle"))
+    parts.append(tag("line", x1=LEFT, x2=width - RIGHT, y1=bottom, y2=bottom, cls="axis"))
+    parts.append(tag("text", x.label, x=(LEFT + width - RIGHT) / 2, y=height - 8, text_anchor="middle"))
     parts.append(tag("text", y.label, x=0, y=11))
     return parts
 

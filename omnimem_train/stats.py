@@ -15,6 +15,10 @@ clustered by clip, as Miller, "Adding Error Bars to Evals" (arXiv 2411.00640) ad
     family       Holm's step-down adjustment.
 
 A question that failed (broken file, unreadable answer) counts as wrong, and is counted.
+
+Several answers to one question (budgets, seeds, models) are no further questions: they are pooled into one outcome, the
+share of them that was right. The interval of an accuracy is at least as wide as if each question were right or wrong at
+that rate; a difference is taken question by question, and its interval follows the pooled values.
 """
 
 from __future__ import annotations
@@ -38,14 +42,21 @@ class Outcome:
     Attributes:
         item: id of the question, unique within a run.
         clip: id of the file it is about.
-        correct: None when it failed.
+        correct: None when it failed; the share that was right, where several answers are pooled.
         category: for tables.
+        answers: how many are pooled; `correct` times this is a whole number.
     """
 
     item: str
     clip: str
-    correct: bool | None
+    correct: bool | float | None
     category: str = ""
+    answers: int = 1
+
+    @property
+    def share(self) -> float:
+        """`correct` as a number; 0 when it failed."""
+        return float(self.correct or 0)
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,11 @@ class Comparison:
 
     Attributes:
         n, clips: questions and files.
-        gained, lost: questions right now that were wrong, and the other way round.
+        gained, lost: questions right now that were wrong, and the other way round; of pooled answers, questions whose
+            share grew, and fell.
         value, low, high: difference of the shares in [-1, 1] and its interval.
-        p_mcnemar: two-sided, questions independent. p_clustered: two-sided, clips independent.
+        p_mcnemar: two-sided, questions independent (of pooled answers: the sign test of `gained` against `lost`).
+        p_clustered: two-sided, clips independent.
     """
 
     n: int
@@ -110,16 +123,15 @@ def accuracy(outcomes: Iterable[Outcome], level: float = 0.95) -> Accuracy:
     """
     items = list(_by_item(outcomes).values())
     n, clips = len(items), len({o.clip for o in items})
-    right = sum(o.correct is True for o in items)
-    p = right / n
+    p = math.fsum(o.share for o in items) / n
     low, high, effect = 0.0, 1.0, math.nan
     if clips == n:
         low, high = wilson(p, n, NormalDist().inv_cdf((1 + level) / 2))
         effect = 1.0
     elif clips > 1:
         n_effective = float(clips)  # all right or all wrong: the design effect is unknown, the largest is assumed
-        if 0 < right < n:
-            variance = _cluster_variance([(o.clip, float(o.correct is True)) for o in items])
+        if 0 < p < 1:
+            variance = _cluster_variance([(o.clip, o.share) for o in items])
             effect = variance * (n - 1) / (p * (1 - p))
             n_effective = n / max(effect, 1.0)
         low, high = wilson(p, n_effective, t_quantile((1 + level) / 2, clips - 1))
@@ -142,21 +154,24 @@ def compare(base: Iterable[Outcome], other: Iterable[Outcome], level: float = 0.
             cause="a paired comparison needs every question in both; failed ones belong in as failed",
             remedy="finish both evaluations on the same manifest",
         )
-    pairs = [(o.clip, int(after[key].correct is True) - int(o.correct is True)) for key, o in before.items()]
-    gained, lost = (sum(d == sign for _, d in pairs) for sign in (1, -1))
+    # differences as whole numbers of `unit`: what the exact test counts
+    unit = math.lcm(*{o.answers for part in (before, after) for o in part.values()})
+    pairs = [(o.clip, round(unit * after[key].share) - round(unit * o.share)) for key, o in before.items()]
+    gained, lost = sum(d > 0 for _, d in pairs), sum(d < 0 for _, d in pairs)
+    total = sum(d for _, d in pairs) / unit
     n, clips = len(pairs), len({clip for clip, _ in pairs})
     low, high = -1.0, 1.0
     if clips > 1:
         # tuples as keys: the two added questions are clips of their own and cannot meet a real one
-        adjusted = [((clip,), float(d)) for clip, d in pairs] + [((), 1.0), ((0,), -1.0)]
-        centre = (gained - lost) / (n + 2)
+        adjusted = [((clip,), d / unit) for clip, d in pairs] + [((), 1.0), ((0,), -1.0)]
+        centre = total / (n + 2)
         reach = t_quantile((1 + level) / 2, clips - 1) * math.sqrt(_cluster_variance(adjusted))
         low, high = max(-1.0, centre - reach), min(1.0, centre + reach)
     sums: dict[str, int] = defaultdict(int)
     for clip, d in pairs:
         sums[clip] += d
     p_values = mcnemar(gained, lost), sign_flip(list(sums.values()))
-    return Comparison(n, clips, gained, lost, (gained - lost) / n, low, high, *p_values)
+    return Comparison(n, clips, gained, lost, total / n, low, high, *p_values)
 
 
 def by_category(outcomes: Iterable[Outcome], level: float = 0.95) -> dict[str, Accuracy]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from torch import Tensor
 from omnimem_train.budget_sampling import BudgetSampler, Draw
 from omnimem_train.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from omnimem_train.config import save_resolved, to_plain
-from omnimem_train.data import BrokenMedia, DataConfig, SkippedMedia, StreamDataset, StreamLoader, load_manifest
+from omnimem_train.data import BrokenMedia, DataConfig, StreamDataset, StreamLoader, load_manifest
 from omnimem_train.errors import UserError
 from omnimem_train.models.interface import MediaInfo, StreamingModel
 from omnimem_train.models.loading import load
@@ -32,14 +31,18 @@ from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, l
 from omnimem_train.rng import rng_state, set_rng_state, versions
 from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
 from omnimem_train.runlog import Meter, RunLog
-from omnimem_train.step import EncodedStream, StepResult, StreamingStep, TimedTurn, encode_stream
+from omnimem_train.source import ClipSource, MakeSource, StreamSource
+from omnimem_train.step import StepResult, StreamingStep
 from omnimem_train.streaming import Stream
 
 BANDS = 3
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, make_source: MakeSource | None = None) -> Path:
     """Fine-tune an adapter as `config` says. Returns the folder of the last checkpoint.
+
+    Args:
+        make_source: gives the streams to train on, from the loaded model; by default the clips of `data.manifest`.
 
     Raises:
         UserError: anything about the settings, the model or the data that can be known before training, broken media
@@ -49,7 +52,7 @@ def train(config: RunConfig) -> Path:
     t = config.train
     accelerator = make_accelerator(t)
     rank, world = accelerator.process_index, accelerator.num_processes
-    samples = read_samples(config.data)
+    samples = [] if make_source else read_samples(config.data)
     found = find_resume(t)
 
     torch.manual_seed(t.seed)  # the same adapter on every rank
@@ -60,15 +63,13 @@ def train(config: RunConfig) -> Path:
     else:
         modules = load_adapter(model, config.model.adapter, trainable=True)["modules"]
     model.module.train()
-    dataset = StreamDataset(samples, config.data, model.window_s(config.data.fps), model.sampling_rate)
-    broken = BrokenMedia(config.data.max_broken, t.output / f"broken-rank{rank}.jsonl")
-    loader = StreamLoader(dataset, t.seed, world, rank, broken)
+    source = make_source(model) if make_source else clip_source(samples, config, model, world, rank)
     sampler = BudgetSampler(config.budgets, config.memory.chunk_tokens)
     weights = [p for p in model.module.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(weights, t.lr, (t.beta1, t.beta2), t.eps, t.weight_decay)
     stepper: Any = StreamingStep(model, config.loss, partial(disable_adapter, model))
     stepper, optimizer = accelerator.prepare(stepper, optimizer)
-    run = Run(config, accelerator, model, stepper, optimizer, loader, sampler)
+    run = Run(config, accelerator, model, stepper, optimizer, source, sampler)
     seed_rank(t.seed, rank)
     start = run.restore(found) if found else 0
     meter = Meter(accelerator.device)
@@ -77,16 +78,16 @@ def train(config: RunConfig) -> Path:
     resumed_at = start if found or t.resume == "auto" else None
     with (
         RunLog(t.output, rank, total_steps=t.steps, resumed_at=resumed_at) as log,
-        closing(run.encoded(loader.position)) as clips,  # whatever happens, decoding ahead ends with the run
+        closing(source.streams(source.position)) as clips,  # whatever happens, decoding ahead ends with the run
     ):
         introduce(run, log, modules, sum(p.numel() for p in weights))
         folder = found
         for step in range(start, t.steps):
             draw = sampler.draw(step)
             spec = config.memory.at(draw.budget, draw.chunk_tokens)
-            waited_s = loader.waited_s
+            waited_s = source.waited_s
             batch = [next(clips) for _ in range(t.accumulation)]
-            meter.waited(loader.waited_s - waited_s)
+            meter.waited(source.waited_s - waited_s)
             targets = run.sum_over_ranks(sum(len(q.targets) for encoded in batch for q in encoded.questions))
             for group in optimizer.param_groups:
                 group["lr"] = t.lr_at(step)
@@ -127,21 +128,8 @@ class Run:
     model: StreamingModel
     stepper: Any
     optimizer: Any
-    loader: StreamLoader
+    source: StreamSource
     sampler: BudgetSampler
-
-    def encoded(self, start: int) -> Generator[EncodedStream, None, None]:
-        """Encoded clips from number `start` on. A broken file within the declared limit is passed over; it is counted
-        and listed by the loader."""
-        for clip in self.loader.clips(start):
-            turns = [TimedTurn(self.model.render(turn), turn.time_s) for turn in clip.sample.turns]
-            try:
-                encoder = self.model.open(
-                    clip.info, self.config.data.fps, prefix=clip.sample.prefix, **self.config.encoder
-                )
-                yield encode_stream(encoder, clip, turns, self.model.device)
-            except SkippedMedia as error:
-                print(f"skipped: {error}", flush=True)
 
     def sum_over_ranks(self, n: int) -> int:
         """A whole number, summed."""
@@ -170,7 +158,7 @@ class Run:
             step,
             tensors={"adapter": dict(lora_parameters(self.model))},
             objects={} if sharded else {"optimizer": self.optimizer.state_dict()},
-            rank_objects={"rng": rng_state(), "position": self.loader.position},
+            rank_objects={"rng": rng_state(), "position": self.source.position},
             meta=self.settings() | about,
             keep=self.config.train.keep,
             rank=self.accelerator.process_index,
@@ -195,7 +183,7 @@ class Run:
         else:
             self.optimizer.load_state_dict(held.objects["optimizer"])
         set_rng_state(held.rank_objects["rng"])
-        self.loader.position = held.rank_objects["position"]
+        self.source.position = held.rank_objects["position"]
         return held.step
 
 
@@ -256,6 +244,15 @@ def read_samples(data: DataConfig) -> list[Any]:
     return load_manifest(data.manifest, data.media_root)
 
 
+def clip_source(samples: list[Any], config: RunConfig, model: StreamingModel, world: int, rank: int) -> ClipSource:
+    """The clips of the manifest, as this rank sees them."""
+    data = config.data
+    dataset = StreamDataset(samples, data, model.window_s(data.fps), model.sampling_rate)
+    broken = BrokenMedia(data.max_broken, config.train.output / f"broken-rank{rank}.jsonl")
+    loader = StreamLoader(dataset, config.train.seed, world, rank, broken)
+    return ClipSource(loader, model, data.fps, config.encoder)
+
+
 def find_resume(t: TrainConfig) -> Path | None:
     """The checkpoint to go on from, or None for a new run."""
     if t.resume == "never":
@@ -285,17 +282,12 @@ def preflight(run: Run) -> None:
     Stream(model, config.memory, config.gradient, total_tokens=1)
     budgets = Stream(model, config.memory.at(config.budgets.smallest)).budgets
     info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)
-    for prefix in {sample.prefix for sample in run.loader.dataset.samples}:
+    for prefix in run.source.prefixes():
         opening = model.open(info, config.data.fps, prefix=prefix, **config.encoder).start()
         for budget in budgets:
             if budget is not None:
                 config.memory.media_budget(budget, opening.n)
-    for sample in run.loader.dataset.samples:
-        try:
-            for turn in sample.turns:
-                model.render(turn)
-        except UserError as error:
-            raise UserError(f"sample {sample.id!r}: {error.what}", error.cause, error.remedy) from error
+    run.source.check()
 
 
 def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:
@@ -307,7 +299,7 @@ def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:
     config, world = run.config, run.accelerator.num_processes
     if log.active:
         save_resolved(config, config.train.output / "config.yaml")
-    samples = len(run.loader.dataset)
+    samples = len(run.source)
     step_clips = world * config.train.accumulation
     log.derived("adapted modules", modules, "adapter targets x decoder layers, counted in the model")
     log.derived("trained weights", weights, f"of {sum(p.numel() for p in run.model.module.parameters()):,}")
@@ -317,13 +309,12 @@ def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:
         config.train.steps * step_clips / samples,
         f"{config.train.steps} steps x {step_clips} clips / {samples} samples",
     )
-    turn = run.loader.dataset[0].turns[0]
-    rendered = run.model.render(turn)
+    question, rendered = run.source.example()
     learned = rendered.ids[rendered.labels != -100]
     if not len(learned):
         raise UserError("the first sample has no supervised token", remedy="check that its turns have answers")
     log.note(
-        f"first sample: asked {turn.question!r}, learns {run.model.tokenizer.decode(learned)!r} ({len(learned)} tokens)"
+        f"first sample: asked {question!r}, learns {run.model.tokenizer.decode(learned)!r} ({len(learned)} tokens)"
     )
 
 

@@ -24,7 +24,7 @@ LAYERS = [
     ["data"],
     ["streaming"],
     ["step", "session", "evaluate"],
-    ["config", "run_config"],
+    ["source", "config", "run_config"],
     ["checkpoint", "runlog"],
     ["trainer"],
     ["export", "evaluation", "charts"],

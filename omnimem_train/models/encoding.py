@@ -121,6 +121,16 @@ class OmniEncoder(MediaEncoder):
         self.n_frames = 0
         self._ended: tuple[Layout, TokenBlock | None] | None = None
 
+    @property
+    def opening_ids(self) -> list[int]:
+        """Ids of the tokens that `start` gives."""
+        return [*self._opening, *self._marks("bos")]
+
+    @property
+    def closing_ids(self) -> list[int]:
+        """Ids of the marks that `text` puts in front."""
+        return self._marks("eos")
+
     def start(self) -> TokenBlock:
         """System prompt, the user message's beginning, opening marks."""
         return self._text_block(self._opening, self._marks("bos"), 0, 0.0)

@@ -47,7 +47,7 @@ def attend_segments(
     """
     if attention_mask is not None:
         raise ValueError(f"attention {NAME!r} takes no mask, it was given one of shape {attention_mask.shape}")
-    _, heads, length, width = query.shape
+    heads, length, width = query.shape[1:]
     segments = cu_seq_lens_q.shape[0] - 1
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
     if segments * max_length_q == length:

@@ -77,6 +77,8 @@ class Size:
         sections: frequencies for time, row and column; they sum to half of hidden / heads.
         tower, tower_heads, tower_layers: of both towers.
         max_pixels: of a frame after resizing.
+        theta: base of the rotary frequencies. Time gets the fastest ones; the published value, made for 16 of them,
+            would leave a head with few of them blind to distances beyond some seconds.
     """
 
     layers: int
@@ -89,11 +91,13 @@ class Size:
     tower_heads: int
     tower_layers: int
     max_pixels: int
+    theta: float = 1e6
 
 
 SIZES = {
     "nano": Size(3, 64, 4, 2, 128, (2, 3, 3), 32, 2, 2, max_pixels=56 * 56),
     "tiny": Size(4, 192, 6, 2, 512, (4, 6, 6), 96, 4, 2, max_pixels=112 * 112),
+    "recall": Size(6, 256, 8, 2, 768, (8, 4, 4), 128, 4, 3, max_pixels=112 * 112, theta=1e7),
 }
 
 
@@ -102,7 +106,8 @@ def make_tiny(folder: str | Path, seed: int = 0, size: str = "tiny") -> Path:
 
     Args:
         seed: of the weights; the same seed gives the same files.
-        size: "tiny" (2.5 million parameters) or "nano" (0.3 million).
+        size: "tiny" (2.5 million parameters), "nano" (0.3 million), or "recall" (7 million: the shape of
+            `checkpoints/tiny-omni`).
 
     Returns:
         The folder, with config.json, model.safetensors, generation_config.json, the tokenizer's files,
@@ -115,22 +120,28 @@ def make_tiny(folder: str | Path, seed: int = 0, size: str = "tiny") -> Path:
         raise UserError(f"unknown size {size!r}{nearest(size, SIZES)}", remedy=f"choose one of: {', '.join(SIZES)}")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed {seed} is out of range", remedy="give a whole number, 0 or more, below 2^63")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
     module = Qwen2_5OmniThinkerForConditionalGeneration(thinker_config(SIZES[size], tokenizer))
     fill(module, seed)
+    return write_thinker(folder, module, tokenizer, SIZES[size].max_pixels)
+
+
+def write_thinker(folder: str | Path, module: nn.Module, tokenizer: Any, max_pixels: int) -> Path:
+    """Write a thinker checkpoint in the ordinary Hugging Face layout: weights, tokenizer, preprocessing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    module.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[1])
-    module.save_pretrained(folder)
-    content = json.dumps(preprocessor_config(SIZES[size].max_pixels), indent=2)
+    thinker: Any = module
+    thinker.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[1])
+    thinker.save_pretrained(folder)
+    content = json.dumps(preprocessor_config(max_pixels), indent=2)
     (folder / "preprocessor_config.json").write_text(content + "\n")
     return folder
 
 
-def tiny_tokenizer() -> Qwen2Tokenizer:
-    """The tokenizer of the tiny thinker."""
+def tiny_tokenizer(words: str = WORDS, vocabulary: int = 498) -> Qwen2Tokenizer:
+    """The tokenizer of the tiny thinker. `words` (separated by spaces) and `vocabulary` decide on its merges."""
     named = {
         "image_token": "<|IMAGE|>",
         "audio_token": "<|AUDIO|>",
@@ -140,18 +151,21 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
         "audio_bos_token": "<|audio_bos|>",
         "audio_eos_token": "<|audio_eos|>",
     }
-    tokenizer = byte_pairs(SPECIAL, extra_special_tokens=named)
+    tokenizer = byte_pairs(SPECIAL, words, vocabulary, extra_special_tokens=named)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def byte_pairs(special: Sequence[str], **options: Any) -> Qwen2Tokenizer:
-    """A byte-pair tokenizer of Qwen's kind: 256 bytes, some merges, the `special` tokens in their order."""
+def byte_pairs(special: Sequence[str], words: str = WORDS, vocabulary: int = 498, **options: Any) -> Qwen2Tokenizer:
+    """A byte-pair tokenizer of Qwen's kind: 256 bytes, merges learned from `words` up to `vocabulary` entries, the
+    `special` tokens in their order."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=498, initial_alphabet=alphabet, show_progress=False, min_frequency=1)
-    learner.train_from_iterator([" " + w for w in WORDS.split()] + WORDS.split(), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    learner.train_from_iterator([" " + w for w in words.split()] + words.split(), trainer)
     model = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(special)},
@@ -168,7 +182,7 @@ def thinker_config(size: Size, tokenizer: Any) -> Qwen2_5OmniThinkerConfig:
     """The configuration of a thinker of `size` with the published window sizes and rates."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     vocabulary = 8 * math.ceil(len(tokenizer) / 8)
-    rope = {"rope_type": "default", "mrope_section": list(size.sections), "rope_theta": 1000000.0}
+    rope = {"rope_type": "default", "mrope_section": list(size.sections), "rope_theta": size.theta}
     return Qwen2_5OmniThinkerConfig(
         text_config={
             "vocab_size": vocabulary,

@@ -1,0 +1,91 @@
+"""Letter answers of a model to the questions of many clips, under a memory setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.questions import Question, QuestionMaker
+from data_prep.streams import PackedTurn, WorldStreams
+from data_prep.world import SPLITS, ClipSpec
+from omnimem_train.evaluate import letter_tokens
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.step import answer_logits
+from omnimem_train.streaming import Stream
+from scripts.recall.turns import choices
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Clips of one length, encoded, with their questions.
+
+    Attributes:
+        specs: what happens in them.
+        media: (N, T, E) their tokens.
+        questions: of each clip.
+    """
+
+    specs: Sequence[ClipSpec]
+    media: Tensor
+    questions: Sequence[Sequence[Question]]
+
+    @property
+    def seconds(self) -> int:
+        """Length of each clip."""
+        return int(self.specs[0].settings.seconds)
+
+
+def clip_set(streams: WorldStreams, specs: Sequence[ClipSpec], n_questions: int | None, seed: int = 0) -> ClipSet:
+    """Encode clips of a split and make their questions."""
+    maker = QuestionMaker(seed, SPLITS.index(specs[0].split))
+    return ClipSet(specs, streams.encode(specs), [maker.ask(spec, n_questions) for spec in specs])
+
+
+class Asker:
+    """Asks all questions of a clip set at the end of its clips.
+
+    Args:
+        streams: of the model that answers.
+        clips: what is watched.
+        form: of the prompts (`omnimem_train.benchmarks.PROMPTS`).
+        at_once: clips in a batch.
+    """
+
+    def __init__(self, streams: WorldStreams, clips: ClipSet, form: str = "manifest", at_once: int = 128) -> None:
+        self.streams, self.clips = streams, clips
+        self.letters = letter_tokens(streams.model, 4)
+        self.batches: list[tuple[Tensor, list[PackedTurn]]] = []
+        for first in range(0, len(clips.specs), at_once):
+            part = slice(first, first + at_once)
+            self.batches.append((clips.media[part], choices(streams.model, clips.questions[part], form)))
+
+    @torch.no_grad()
+    def answers(self, spec: MemorySpec) -> np.ndarray:
+        """(questions,) int8, the letter chosen (0 to 3) of each question, in the order of clips and their questions."""
+        stream = Stream(self.streams.model, spec)
+        found = []
+        for media, turns in self.batches:
+            logits, _ = answer_logits(stream, self.streams.stream(media, self.clips.seconds, turns))
+            table = torch.full((len(media), len(turns)), -1, dtype=torch.int8, device=media.device)
+            for slot, (turn, rows) in enumerate(zip(turns, logits, strict=True)):
+                table[turn.read[:, 0].to(media.device), slot] = rows[:, self.letters].argmax(-1).to(torch.int8)
+            found.append(table.cpu().numpy())
+        return np.concatenate([t[t >= 0] for t in found])
+
+    def right(self) -> np.ndarray:
+        """(questions,) int8, the right letters in the same order."""
+        return np.array(["ABCD".index(q.answer) for clip in self.clips.questions for q in clip], dtype=np.int8)
+
+    def kinds(self) -> np.ndarray:
+        """(questions,) their kinds, in the same order."""
+        return np.array([q.kind for clip in self.clips.questions for q in clip])
+
+
+def by_kind(asker: Asker, answers: np.ndarray) -> dict[str, float]:
+    """Share of right answers of each kind and of all."""
+    hit, kinds = answers == asker.right(), asker.kinds()
+    return {kind: float(hit[kinds == kind].mean()) for kind in sorted(set(kinds))} | {"all": float(hit.mean())}

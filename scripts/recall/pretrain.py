@@ -1,0 +1,278 @@
+"""Trains `checkpoints/tiny-omni` from scratch on the recall world, with full cache, on one GPU:
+
+    python -m scripts.recall.pretrain OUT --minutes 9 --seed 0
+
+Stage 1 teaches the towers to name what their tokens show (scripts/recall/towers.py). Stage 2 encodes a pool of clips
+once and teaches the decoder to answer and to narrate crops of it, in a curriculum of lengths: the next one begins when
+every kind of question has 80 % of its letters right, or when its share of the time is over. All of it goes through the
+package's own stream loop (one chunk, unlimited memory).
+
+OUT holds model/ (bfloat16, loads with the stock class), log.jsonl, state.pt. A call that finds state.pt goes on from
+there; --start MODEL begins stage 2 from that checkpoint's weights instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from data_prep.questions import KINDS
+from data_prep.streams import WorldStreams
+from data_prep.world import ClipSpec, WorldSettings, make_clip
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.loading import load_model
+from omnimem_train.models.preprocess import read_settings
+from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
+from omnimem_train.models.tiny import SIZES, fill, preprocessor_config, thinker_config, tiny_tokenizer, write_thinker
+from omnimem_train.rng import versions
+from omnimem_train.step import answer_logits
+from omnimem_train.streaming import Gradient, Stream
+from scripts.recall.asking import Asker, by_kind, clip_set
+from scripts.recall.optimise import MasterWeights, lr_at
+from scripts.recall.towers import train_towers
+from scripts.recall.turns import VOCABULARY, Batch, TurnBatches, words
+
+LEVELS = ((6, 128), (12, 96), (24, 64), (60, 40))  # seconds of a crop, crops in a batch
+SHARES = (0.3, 0.5, 0.68)  # of stage 2's time by which level 1, 2, 3 begins at the latest
+READY = 0.8
+SPEC = MemorySpec(selector="full", budget=None, chunk_tokens=10**6)
+Log = Callable[[dict[str, Any]], None]
+
+
+def worlds() -> list[WorldSettings]:
+    """The worlds of the pool: distractors, copies and shares of sound vary, so that none is new to the model later."""
+    return [
+        WorldSettings(loudness=loudness, copies=copies, sound_share=share)
+        for loudness in (1.0, 0.5, 2.0)
+        for copies, share in ((0.5, 0.5), (1.5, 0.5), (0.5, 0.3), (0.0, 0.7))
+    ]
+
+
+def pool_specs(n: int, seed: int, group: int = 32) -> list[ClipSpec]:
+    """`n` training clips of 60 s; every other group of `group` clips is of the default world, the others of all."""
+    settings = worlds()
+    jobs = []
+    for first in range(0, n, group):
+        number = first // group
+        world = settings[0] if number % 2 else settings[(number // 2) % len(settings)]
+        jobs += [(world, seed, "train", i) for i in range(first, min(n, first + group))]
+    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as workers:
+        return workers.starmap(make_clip, jobs, chunksize=64)
+
+
+def new_model(seed: int, device: torch.device) -> Qwen2_5OmniStreaming:
+    """A random thinker of the size of `checkpoints/tiny-omni`, in bfloat16."""
+    size, tokenizer = SIZES["recall"], tiny_tokenizer(words(), VOCABULARY)
+    module = Qwen2_5OmniThinkerForConditionalGeneration(thinker_config(size, tokenizer))
+    fill(module, seed)
+    for name, p in module.named_parameters():  # residual branches start small
+        if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers." in name:
+            p.data.mul_((2 * size.layers) ** -0.5)
+    module.to(device, torch.bfloat16).eval().requires_grad_(False)
+    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"tiny-omni-{os.getpid()}"
+    scratch.mkdir(exist_ok=True)
+    (scratch / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(size.max_pixels)))
+    return Qwen2_5OmniStreaming(module, tokenizer, read_settings(str(scratch)))
+
+
+class Decoder:
+    """Stage 2: the decoder under training.
+
+    Args:
+        model: its towers are done.
+        streams: made with the trainable embedding of `model`.
+        media: (N, T, E) the pool, encoded.
+        batches: endless.
+        level: of the curriculum, shared with the makers of batches.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5OmniStreaming,
+        streams: WorldStreams,
+        media: Tensor,
+        batches: Any,
+        level: Any,
+        peak_lr: float,
+    ) -> None:
+        self.model, self.streams, self.media, self.batches, self.level = model, streams, media, batches, level
+        self.peak_lr = peak_lr
+        for part in (model.parts.text, model.module.lm_head):
+            part.requires_grad_(True)  # type: ignore[union-attr]
+        self.weights = MasterWeights(model.module)
+        self.stream = Stream(model, SPEC, Gradient("all", checkpointing=False))
+        self.step, self.used_s = 0, 0.0
+        self.right = torch.zeros(len(KINDS), device=model.device)  # running share of right letters at this level
+        self.seen = torch.zeros(len(KINDS), device=model.device)
+
+    def train(self, seconds: float, log: Log, save: Callable[[Decoder], None], max_steps: int = 10**9) -> None:
+        """Go on until `seconds` of training are used."""
+        begun, before, saved = time.perf_counter(), self.used_s, time.perf_counter()
+        for batch in self.batches:
+            self.used_s = before + time.perf_counter() - begun
+            if self.used_s >= seconds or self.step >= max_steps:
+                break
+            row = self._one(batch, self.used_s / seconds)
+            self.step += 1
+            if self.step % 100 == 0:
+                log(self._log_row(row))
+                self._next_level(self.used_s / seconds)
+            if time.perf_counter() - saved > 120:
+                save(self)
+                saved = time.perf_counter()
+
+    def _one(self, batch: Batch, done: float) -> dict[str, Tensor]:
+        media = torch.cat(
+            [
+                self.streams.crop(self.media[c : c + 1], start, batch.seconds)
+                for c, start in zip(batch.clips.tolist(), batch.starts, strict=True)
+            ]
+        )
+        encoded = self.streams.stream(media, batch.seconds, batch.turns)
+        logits, _ = answer_logits(self.stream, encoded)
+        targets = [q.targets for q in encoded.questions]
+        answers = cross_entropy(torch.cat(logits[:-1]).float(), torch.cat(targets[:-1]))
+        story = cross_entropy(logits[-1].float(), targets[-1])
+        (answers + story).backward()
+        norm = self.weights.step(lr_at(self.peak_lr, self.step, done))
+        if batch.seconds == LEVELS[self.level.value][0]:
+            self._note(batch, logits, targets)
+        return {"answers": answers.detach(), "narration": story.detach(), "grad_norm": norm}
+
+    @torch.no_grad()
+    def _note(self, batch: Batch, logits: list[Tensor], targets: list[Tensor]) -> None:
+        starts = torch.tensor([0, *(len(t) for t in targets)]).cumsum(0)
+        places = (starts[batch.letters[:, 0]] + batch.letters[:, 1]).to(self.right.device)
+        kinds = batch.letters[:, 2].to(self.right.device)
+        hit = (torch.cat(logits)[places].argmax(-1) == torch.cat(targets)[places]).float()
+        self.right.mul_(0.98).index_add_(0, kinds, hit)
+        self.seen.mul_(0.98).index_add_(0, kinds, torch.ones_like(hit))
+
+    def _shares(self) -> dict[str, float]:
+        return dict(zip(KINDS, (self.right / self.seen.clamp(min=1)).tolist(), strict=True))
+
+    def _log_row(self, row: dict[str, Tensor]) -> dict[str, Any]:
+        about = {"stage": "decoder", "step": self.step, "seconds": self.used_s, "level_s": LEVELS[self.level.value][0]}
+        return about | {k: float(v) for k, v in row.items()} | {f"right/{k}": v for k, v in self._shares().items()}
+
+    def _next_level(self, done: float) -> None:
+        level = self.level.value
+        if level + 1 == len(LEVELS):
+            return
+        known = self.seen.amin() > 20 and min(self._shares().values()) >= READY
+        if known or done >= SHARES[level]:
+            self.level.value = level + 1
+            self.right.zero_()
+            self.seen.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later call goes on from."""
+        return {"step": self.step, "used_s": self.used_s, "level": self.level.value} | self.weights.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.step, self.used_s, self.level.value = state["step"], state["used_s"], state["level"]
+        self.weights.load_state_dict(state)
+
+
+def save_model(model: Qwen2_5OmniStreaming, folder: Path) -> None:
+    """Write the thinker in the ordinary layout."""
+    write_thinker(folder, model.module, model.tokenizer, SIZES["recall"].max_pixels)
+
+
+def logger(path: Path) -> Log:
+    """Prints a row and appends it to `path`."""
+
+    def log(row: dict[str, Any]) -> None:
+        line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+        print(line, flush=True)
+        with path.open("a") as file:
+            file.write(line + "\n")
+
+    return log
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    a = arguments().parse_args(argv)
+    begun = time.perf_counter()
+    device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    a.out.mkdir(parents=True, exist_ok=True)
+    log = logger(a.out / "log.jsonl")
+    log({"stage": "start", **{k: str(v) for k, v in vars(a).items()}, "versions": versions()})
+    state_path = a.out / "state.pt"
+    held = a.out / "model" if state_path.exists() else a.start
+    if held is not None:
+        loaded = load_model(str(held), dtype="bfloat16", device=str(device))
+        assert isinstance(loaded, Qwen2_5OmniStreaming)
+        model = loaded
+    else:
+        model = new_model(a.seed, device)
+    specs = pool_specs(a.clips, a.seed)
+    table = model.parts.text.embed_tokens
+    streams = WorldStreams(model, specs[0].settings.size, embed=table)  # type: ignore[arg-type]
+    if held is None:
+        n = a.tower_batch
+        train_towers(streams, lambda step: group(specs, step, n), a.towers_s, log, max_steps=a.max_steps)
+    media = torch.cat([streams.encode(specs[i : i + 32]) for i in range(0, len(specs), 32)])
+    log({"stage": "pool", "clips": len(specs), "tokens": media.shape[1], "seconds": time.perf_counter() - begun})
+
+    level = multiprocessing.Value("i", 0 if a.start is None else len(LEVELS) - 1)
+    data = TurnBatches(model, specs, LEVELS, level, seed=a.seed)
+    batches = DataLoader(data, batch_size=None, num_workers=a.workers, prefetch_factor=4 if a.workers else None)
+    decoder = Decoder(model, streams, media, batches, level, a.lr)
+    if state_path.exists():
+        decoder.load_state_dict(torch.load(state_path, map_location=device))
+
+    def save(d: Decoder) -> None:
+        save_model(model, a.out / "model")
+        torch.save(d.state_dict(), state_path)
+
+    decoder.train(a.minutes * 60 - (0 if a.start or state_path.exists() else a.towers_s), log, save, a.max_steps)
+    save(decoder)
+    log({"stage": "trained", "step": decoder.step, "seconds": time.perf_counter() - begun})
+    del decoder, media
+    unseen = [make_clip(WorldSettings(), a.seed, "val", i) for i in range(a.val)]
+    asker = Asker(WorldStreams(model, specs[0].settings.size), clip_set(streams, unseen, 24))
+    log({"stage": "val", "clips": a.val} | by_kind(asker, asker.answers(SPEC)))
+
+
+def group(specs: Sequence[ClipSpec], step: int, n: int) -> Sequence[ClipSpec]:
+    """`n` clips of one world, other ones at each step; groups of the pool are of 32 clips."""
+    first = (step * n) % (len(specs) // 32 * 32 or len(specs))
+    return specs[first : first + n]
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="scripts.recall.pretrain", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder of the run")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of training, both stages")
+    parser.add_argument("--towers-s", type=float, default=60.0, help="seconds of it for the towers")
+    parser.add_argument("--clips", type=int, default=6016, help="clips of 60 s in the pool, a multiple of 32")
+    parser.add_argument("--tower-batch", type=int, default=8, help="clips in a batch of stage 1; divides 32")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--val", type=int, default=192, help="unseen clips to measure on at the end")
+    parser.add_argument("--workers", type=int, default=7)
+    parser.add_argument("--max-steps", type=int, default=10**9, help="of each stage, for a trial")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from, at the last level")
+    parser.add_argument("--device", help="cuda or cpu; cuda if there is one")
+    return parser
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,138 @@
+"""Questions of the world as the turns of a dialogue: batches for pre-training, choices for measuring."""
+
+from __future__ import annotations
+
+import multiprocessing.sharedctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data_prep.questions import KINDS, NARRATE, Question, QuestionMaker, narration
+from data_prep.streams import PackedTurn, pack
+from data_prep.world import COLOURS, PATTERNS, PITCHES, SHAPES, ClipSpec, crop
+from omnimem_train.benchmarks import PROMPTS, choice_prompt
+from omnimem_train.models.interface import RenderedTurn, StreamingModel, Turn
+from omnimem_train.models.tiny import WORDS
+
+DIRECT = "{} Answer in a few words."
+FORMS = ("manifest", "lvomnibench", "direct")
+SHARES = (0.55, 0.15, 0.3)  # of the forms in pre-training
+VOCABULARY = 1600  # entries of the tokenizer before its control tokens
+
+
+def words() -> str:
+    """What the tokenizer's merges are learned from: every word a question, an option or an answer can hold."""
+    fixed = """How many times was the seen heard Which shape sound came first these In which part of video once twice
+    three four quarter second third last and all A B C D What colour pitch when"""
+    text = " ".join([WORDS, fixed, *SHAPES, *COLOURS, *PATTERNS, *PITCHES, *PROMPTS.values(), DIRECT, NARRATE])
+    for mark in "{}().,:;?\n":
+        text = text.replace(mark, " ")
+    return " ".join(dict.fromkeys(text.split()))
+
+
+def rendered(model: StreamingModel, q: Question, form: str) -> RenderedTurn:
+    """A question with its answer: the letter, or ("direct") the right option's text."""
+    if form == "direct":
+        return model.render(Turn(DIRECT.format(q.text), q.options["ABCD".index(q.answer)]))
+    return model.render(Turn(choice_prompt(q.text, q.options, form), q.answer))
+
+
+def choices(model: StreamingModel, clips: Sequence[Sequence[Question]], form: str) -> list[PackedTurn]:
+    """Questions of clips side by side; of each answer only the letter is read."""
+    longest = max(len(questions) for questions in clips)
+    turns = []
+    for place in range(longest):
+        row = [rendered(model, q[place], form) if place < len(q) else None for q in clips]
+        full = pack(row)
+        first = torch.tensor(_firsts(row))
+        turns.append(PackedTurn(full.ids, full.read[first], full.targets[first]))
+    return turns
+
+
+def _firsts(turns: Sequence[RenderedTurn | None]) -> list[int]:
+    """Of the supervised places that `pack` lists for these turns, the first of each turn."""
+    counts = [0 if t is None else int((t.labels[1:] != -100).sum()) for t in turns]
+    starts = np.cumsum([0, *counts[:-1]])
+    return [int(start) for start, n in zip(starts, counts, strict=True) if n]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Turns about crops of clips of a pool.
+
+    Attributes:
+        seconds: length of the crops.
+        clips: (B,) int64 which clip of the pool. starts: where each crop begins, seconds.
+        turns: question slots, then one of narration.
+        letters: (k, 3) int64: for each letter answer its slot, its place among the slot's targets, its kind.
+    """
+
+    seconds: int
+    clips: Tensor
+    starts: list[int]
+    turns: list[PackedTurn]
+    letters: Tensor
+
+
+class TurnBatches(IterableDataset[Batch]):
+    """Endless random batches at the level of the curriculum that `level` holds; made for the workers of a DataLoader.
+
+    Args:
+        model: whose tokenizer and dialogue.
+        specs: the pool, all of one length and slot length.
+        levels: (seconds of a crop, crops in a batch), from the first to the last of the curriculum.
+        level: shared with the training process, which raises it.
+        n_questions: of each crop.
+        seed: of everything drawn.
+    """
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        specs: Sequence[ClipSpec],
+        levels: Sequence[tuple[int, int]],
+        level: multiprocessing.sharedctypes.Synchronized[int],
+        n_questions: int = 6,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.specs, self.levels, self.level = model, specs, levels, level
+        self.n_questions, self.seed = n_questions, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        rng = np.random.default_rng((self.seed, worker))
+        maker = QuestionMaker(self.seed * 1000 + worker, 0)
+        while True:
+            level = self.level.value
+            if level and rng.random() < 0.2:  # earlier lengths are not forgotten
+                level = int(rng.integers(level))
+            yield self._batch(*self.levels[level], rng, maker)
+
+    def _batch(self, seconds: int, size: int, rng: np.random.Generator, maker: QuestionMaker) -> Batch:
+        clips = rng.integers(len(self.specs), size=size)
+        slot_s = self.specs[0].settings.slot_s
+        step = int(np.lcm(round(slot_s), 2))  # crops begin where a slot and a block of the audio tower begin
+        last = (int(self.specs[0].settings.seconds) - seconds) // step
+        starts = [int(s) * step for s in rng.integers(last + 1, size=size)]
+        cut = [crop(self.specs[c], s, s + seconds) for c, s in zip(clips, starts, strict=True)]
+        asked = [maker.ask(spec, self.n_questions) for spec in cut]
+        turns, letters = [], []
+        for slot in range(max(len(q) for q in asked)):
+            forms = rng.choice(FORMS, size=size, p=SHARES)
+            row = [
+                rendered(self.model, q[slot], form) if slot < len(q) else None
+                for q, form in zip(asked, forms, strict=True)
+            ]
+            turns.append(pack(row))
+            there = [(q[slot], form) for q, form in zip(asked, forms, strict=True) if slot < len(q)]
+            for (q, form), place in zip(there, _firsts(row), strict=True):
+                if form != "direct":
+                    letters.append((slot, place, KINDS.index(q.kind)))
+        told = [narration(spec) for spec in cut]
+        turns.append(pack([self.model.render(Turn(NARRATE, text or "nothing")) for text in told], "narration"))
+        return Batch(seconds, torch.from_numpy(clips), starts, turns, torch.tensor(letters).view(-1, 3))
