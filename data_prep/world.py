@@ -1,24 +1,32 @@
-"""A small world of clips with known events, as arrays: the ground under `data_prep.render`.
+"""The recall world: what happens in a clip, as plain data. `arrays` makes it visible and audible, `questions` asks.
 
-A clip shows a slowly changing background. Its time is divided into equal slots; a slot holds a *sight* (a shape in a
-colour in one cell of the picture), a *sound* (a pattern at a pitch), both at once, or nothing. Each shape and each
-pattern occurs at most once in a clip, so every question has one answer. On top come *distractors* nobody asks about:
-flashes of visual noise and clicks. Everything follows from (settings, seed, split, index); no state, no clock.
+A clip shows a slowly changing background. Its time is divided into slots; a slot holds a *sight* (a shape in a colour
+in one cell of the picture), a *sound* (a pattern at a pitch), both at once, or nothing. In a clip a shape has one
+colour and a pattern one pitch: that pair is a *thing*. Things come back in other slots and cells (redundant copies),
+and some occurrences are faint. On top come loud *distractors* nobody asks about: flashes of visual noise, clicks and
+bursts of sound noise. An eighth of the shapes' colours and a sixth of the patterns' pitches are left to test clips.
+
+Everything follows from (settings, seed, split, index); no state, no clock. Standard library only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-
-import numpy as np
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 from omnimem_train.errors import UserError
 
-VERSION = 1  # of the rules below: a change that alters pixels, samples or questions raises it
+VERSION = 2  # of the rules below: a change that alters pixels, samples or questions raises it
 SPLITS = ("train", "val", "test")
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "box")
+SHAPES = (
+    "circle", "square", "triangle", "cross", "ring", "diamond", "bar", "box",
+    "pillar", "wedge", "ex", "corner", "tee", "stripes", "hourglass", "dots",
+)  # fmt: skip
 COLOURS = {
     "red": (230, 40, 40),
     "green": (40, 200, 60),
@@ -29,8 +37,13 @@ COLOURS = {
     "orange": (245, 140, 30),
     "white": (245, 245, 245),
 }
-PATTERNS = ("beeps", "sweep", "noise", "chord", "hum", "trill")
-PITCHES = {"low": 250.0, "middle": 500.0, "high": 1000.0, "very high": 2000.0}  # Hz
+PATTERNS = (
+    "hum", "beeps", "trill", "rise", "fall", "chord", "hiss", "buzz", "pulse", "siren", "knocks", "warble",
+)  # fmt: skip
+PITCHES = {"deep": 200.0, "low": 340.0, "middle": 580.0, "high": 990.0, "shrill": 1680.0, "piercing": 2860.0}  # Hz
+STEP_S = 0.5  # event times are multiples of it
+EVENTS_PER_SLOT = 1.5  # sights and sounds together
+MOST_COUNTED = 4  # occurrences of a thing that "how many times" asks for: 1 to 4
 
 
 @dataclass(frozen=True)
@@ -38,39 +51,58 @@ class WorldSettings:
     """What all clips of a world share.
 
     Attributes:
-        seconds: length of a clip, at least 4.
+        seconds: length of a clip, 4 to 36000.
         size: pixels of a side of the square picture.
         grid: cells in a row of the picture; a shape fills about 80 % of a cell.
         fps: frames a second in the file.
         sampling_rate: of the sound (Hz).
-        slot_s: wished length of a slot; a clip has max(2, round(seconds / slot_s)) slots.
-        distractors_per_s: flashes and clicks, each, per second.
+        slot_s: length of a slot, a multiple of 0.5. What remains of a clip after its last whole slot has no events.
+        distractors_per_s: in each modality, per second.
+        loudness: of distractors: contrast of flashes, amplitude of noise; 0 for none to be seen or heard, 2 for twice.
+        copies: mean number of extra occurrences of a thing.
+        faint: share of event occurrences of low contrast or low amplitude, still recognisable.
+        sound_share: share of event occurrences that are sounds.
     """
 
-    seconds: float = 16.0
+    seconds: float = 60.0
     size: int = 112
-    grid: int = 2
+    grid: int = 4
     fps: int = 4
     sampling_rate: int = 16000
-    slot_s: float = 2.6
-    distractors_per_s: float = 0.15
+    slot_s: float = 3.0
+    distractors_per_s: float = 0.5
+    loudness: float = 1.0
+    copies: float = 0.5
+    faint: float = 0.15
+    sound_share: float = 0.5
 
     def __post_init__(self) -> None:
+        longest = min(60, self.seconds)
         bad = [
-            f"{name} = {value} (must be {rule})"
-            for name, value, rule, good in (
-                ("seconds", self.seconds, "from 4 to 36000", 4 <= self.seconds <= 36000),
-                ("size", self.size, "even and at least 16", self.size >= 16 and self.size % 2 == 0),
-                ("grid", self.grid, "from 1 to size / 8", 1 <= self.grid <= self.size // 8),
-                ("fps", self.fps, "from 1 to 240", 1 <= self.fps <= 240),
-                ("sampling_rate", self.sampling_rate, "at least 8000", self.sampling_rate >= 8000),
-                ("slot_s", self.slot_s, "at least 1.5", self.slot_s >= 1.5),
-                ("distractors_per_s", self.distractors_per_s, "from 0 to 100", 0 <= self.distractors_per_s <= 100),
+            f"{name} = {getattr(self, name)} (must be {rule})"
+            for name, rule, good in (
+                ("seconds", "from 4 to 36000", 4 <= self.seconds <= 36000),
+                ("size", "even and at least 16", self.size >= 16 and self.size % 2 == 0),
+                ("grid", "from 1 to size / 8", 1 <= self.grid <= self.size // 8),
+                ("fps", "from 1 to 240", 1 <= self.fps <= 240),
+                ("sampling_rate", "at least 8000", self.sampling_rate >= 8000),
+                ("slot_s", "a multiple of 0.5 from 1.5 to 60 and to the clip's length",
+                 1.5 <= self.slot_s <= longest and self.slot_s % STEP_S == 0),
+                ("distractors_per_s", "from 0 to 100", 0 <= self.distractors_per_s <= 100),
+                ("loudness", "from 0 to 10", 0 <= self.loudness <= 10),
+                ("copies", "from 0 to 100", 0 <= self.copies <= 100),
+                ("faint", "from 0 to 1", 0 <= self.faint <= 1),
+                ("sound_share", "from 0 to 1", 0 <= self.sound_share <= 1),
             )
             if not good
-        ]
+        ]  # fmt: skip
         if bad:
             raise UserError("world settings: " + "; ".join(bad), "no clip can be made of them", "change these values")
+
+    @property
+    def n_slots(self) -> int:
+        """Whole slots of a clip, at least 1."""
+        return int(self.seconds / self.slot_s)
 
 
 @dataclass(frozen=True)
@@ -84,6 +116,7 @@ class Sight:
     start_s: float
     end_s: float
     slot: int
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,11 +128,15 @@ class Sound:
     start_s: float
     end_s: float
     slot: int
+    faint: bool = False
+
+
+Event = TypeVar("Event", Sight, Sound)
 
 
 @dataclass(frozen=True)
 class Distractor:
-    """A flash of visual noise in a cell (`kind` "flash") or a click ("click"), from start_s to end_s."""
+    """A flash of visual noise in a cell (`kind` "flash"), a "click" or a "burst" of noise, from start_s to end_s."""
 
     kind: str
     row: int
@@ -110,7 +147,7 @@ class Distractor:
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """All there is to know of a clip; `clip_arrays` makes it visible and audible."""
+    """All there is to know of a clip; its events are in time order, at most one sight and one sound a slot."""
 
     id: str
     split: str
@@ -127,168 +164,146 @@ class ClipSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _held_out(names: Sequence[str], partners: Sequence[str]) -> dict[str, str]:
+    """The one partner of each name that is held out: names in the order of a hash take the partners in turn."""
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return {name: partners[i % len(partners)] for i, name in enumerate(order)}
+
+
+HELD_OUT = _held_out(SHAPES, tuple(COLOURS)) | _held_out(PATTERNS, tuple(PITCHES))
+OPEN_PARTNERS = {
+    name: tuple(p for p in (COLOURS if name in SHAPES else PITCHES) if p != HELD_OUT[name])
+    for name in (*SHAPES, *PATTERNS)
+}
+
+
+def is_held_out(shape_or_pattern: str, colour_or_pitch: str) -> bool:
+    """Whether a combination occurs in test clips alone."""
+    return HELD_OUT[shape_or_pattern] == colour_or_pitch
+
+
 def make_clip(settings: WorldSettings, seed: int, split: str, index: int) -> ClipSpec:
     """The clip number `index` of a split. Splits draw from separate random streams, so none shares a clip."""
-    key = (seed, SPLITS.index(split), index)
-    rng = np.random.default_rng(key)
-    n_slots = max(2, round(settings.seconds / settings.slot_s))
-    seen, heard = _fill_slots(n_slots, rng)
-    shapes = rng.permutation(SHAPES)[: len(seen)]
-    patterns = rng.permutation(PATTERNS)[: len(heard)]
-    spans = [_span(slot, n_slots, settings, rng) for slot in range(n_slots)]
-    sights = tuple(
-        Sight(str(shape), str(rng.choice(list(COLOURS))), *_cell(settings, rng), *spans[slot], slot)
-        for slot, shape in zip(seen, shapes, strict=True)
-    )
-    sounds = tuple(
-        Sound(str(pattern), str(rng.choice(list(PITCHES))), *spans[slot], slot)
-        for slot, pattern in zip(heard, patterns, strict=True)
-    )
-    dark = tuple(tuple(int(c) for c in rng.integers(20, 110, 3)) for _ in range(2))
+    rng = random.Random(f"{seed}/{split}/{index}")
+    seen, heard = _fill_slots(settings, rng)
+    spans = [_span(slot, settings, rng) for slot in range(settings.n_slots)]
+    n_cells = settings.grid**2
+    sights, sounds = [], []
+    for shape, slots in _things(SHAPES, seen, settings, rng):
+        colour = _partner(shape, split, rng)
+        cells = rng.sample(range(n_cells), min(n_cells, len(slots)))
+        for i, slot in enumerate(slots):
+            cell = divmod(cells[i % n_cells], settings.grid)
+            sights.append(Sight(shape, colour, *cell, *spans[slot], slot, rng.random() < settings.faint))
+    for pattern, slots in _things(PATTERNS, heard, settings, rng):
+        pitch = _partner(pattern, split, rng)
+        sounds += [Sound(pattern, pitch, *spans[slot], slot, rng.random() < settings.faint) for slot in slots]
+    dark = [rng.randrange(20, 110) for _ in range(6)]
     return ClipSpec(
         id=f"{split}-{index:05d}",
         split=split,
         settings=settings,
-        noise_seed=(*key, 1),
-        background=(dark[0], dark[1]),  # type: ignore[arg-type]
-        sights=sights,
-        sounds=sounds,
+        noise_seed=(seed, SPLITS.index(split), index),
+        background=((dark[0], dark[1], dark[2]), (dark[3], dark[4], dark[5])),
+        sights=tuple(sorted(sights, key=lambda e: e.slot)),
+        sounds=tuple(sorted(sounds, key=lambda e: e.slot)),
         distractors=_distractors(settings, rng),
     )
 
 
-def clip_arrays(spec: ClipSpec) -> tuple[np.ndarray, np.ndarray]:
-    """The clip before any codec.
+def crop(spec: ClipSpec, start_s: float, end_s: float) -> ClipSpec:
+    """The part of a clip between two borders of slots, as a clip of its own: events and times count from `start_s` on.
 
-    Returns:
-        frames: (round(seconds * fps), size, size, 3) uint8 RGB.
-        samples: (round(seconds * sampling_rate),) float32 mono in [-1, 1].
+    A distractor across a border is cut there. The background runs through both of its colours in the part.
     """
-    rng = np.random.default_rng(spec.noise_seed)
-    frames = _background(spec, rng)
-    for flash in (d for d in spec.distractors if d.kind == "flash"):
-        _draw(frames, spec.settings, flash, rng.integers(0, 256, (8, 8, 1)), np.ones((8, 8), bool))
-    for sight in spec.sights:
-        _draw(frames, spec.settings, sight, np.array(COLOURS[sight.colour]), None)
-    samples = 0.004 * rng.standard_normal(round(spec.settings.seconds * spec.settings.sampling_rate))
-    for sound in spec.sounds:
-        _add(samples, spec.settings, sound, _tone(sound, spec.settings, rng))
-    for click in (d for d in spec.distractors if d.kind == "click"):
-        _add(samples, spec.settings, click, _click(click, spec.settings, rng))
-    return frames, np.clip(samples, -1, 1).astype(np.float32)
+    slot_s = spec.settings.slot_s
+    if not 0 <= start_s < end_s <= spec.settings.seconds or start_s % slot_s or end_s % slot_s:
+        raise UserError(
+            f"part from {start_s} s to {end_s} s of a clip of {spec.settings.seconds} s",
+            "borders lie inside the clip and between slots",
+            f"use multiples of {slot_s} s",
+        )
+    first, last = round(start_s / slot_s), round(end_s / slot_s)
+
+    return replace(
+        spec,
+        id=f"{spec.id}-{first:04d}-{last:04d}",
+        settings=replace(spec.settings, seconds=float(end_s - start_s)),
+        noise_seed=(*spec.noise_seed, first, last),
+        sights=tuple(_earlier(e, start_s, first) for e in spec.sights if first <= e.slot < last),
+        sounds=tuple(_earlier(e, start_s, first) for e in spec.sounds if first <= e.slot < last),
+        distractors=tuple(
+            replace(d, start_s=max(d.start_s, start_s) - start_s, end_s=min(d.end_s, end_s) - start_s)
+            for d in spec.distractors
+            if d.start_s < end_s and d.end_s > start_s
+        ),
+    )
 
 
-def _fill_slots(n_slots: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Slots with a sight and slots with a sound: half of the used slots hold both, a third a sight alone."""
-    used = min(n_slots, 8)
-    both = (used + 1) // 2
-    alone = max(1, used // 3) if used > both else 0
-    order = [int(s) for s in rng.permutation(n_slots)[:used]]
-    seen, heard = order[: both + alone], order[:both] + order[both + alone :]
-    return sorted(seen), sorted(heard)
+def _earlier(event: Event, by_s: float, by_slots: int) -> Event:
+    return replace(event, start_s=event.start_s - by_s, end_s=event.end_s - by_s, slot=event.slot - by_slots)
 
 
-def _span(slot: int, n_slots: int, settings: WorldSettings, rng: np.random.Generator) -> tuple[float, float]:
-    """Start and end inside a slot, at frame times: 1 to 3 s long, and shorter than the slot by a frame."""
-    length = settings.seconds / n_slots
-    frame = 1 / settings.fps
-    duration = rng.uniform(1.0, max(1.0, min(3.0, length - frame)))
-    start = slot * length + rng.uniform(0.0, max(0.0, length - frame - duration))
-    first = int(np.ceil(start / frame - 1e-9))
-    return round(first * frame, 6), round((first + max(1, round(duration / frame))) * frame, 6)
+def _fill_slots(settings: WorldSettings, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Slots with a sight and slots with a sound, each in random order; at least half of the used slots hold both."""
+    n = settings.n_slots
+    n_seen, n_heard = (
+        min(n, int(n * EVENTS_PER_SLOT * share + rng.random()))
+        for share in (1 - settings.sound_share, settings.sound_share)
+    )
+    n_seen = max(n_seen, 1 if settings.sound_share < 1 else 0)
+    n_heard = max(n_heard, 1 if settings.sound_share > 0 else 0)
+    order = rng.sample(range(n), n)
+    least, most = max(-(-(n_seen + n_heard) // 3), n_seen + n_heard - n), min(n_seen, n_heard)
+    both = rng.randint(least, min(most, least + 2)) if least < most else most
+    seen, rest = order[:n_seen], order[n_seen:]
+    heard = rng.sample(seen, both) + rest[: n_heard - both]
+    return seen, rng.sample(heard, len(heard))
 
 
-def _cell(settings: WorldSettings, rng: np.random.Generator) -> tuple[int, int]:
-    return int(rng.integers(settings.grid)), int(rng.integers(settings.grid))
+def _things(
+    names: Sequence[str], slots: list[int], settings: WorldSettings, rng: random.Random
+) -> list[tuple[str, list[int]]]:
+    """Which names occur, and in which of `slots`. One or two occur 1 to 4 times, uniformly; the others once and, on
+    average, `copies` times more. If names run out (long clips), a quarter of them fill the remaining slots."""
+    counts = [rng.randint(1, MOST_COUNTED) for _ in range(rng.randint(1, 2))]
+    again = math.log(settings.copies / (1 + settings.copies)) if settings.copies else -math.inf
+    while sum(counts) < len(slots) and len(counts) < len(names):
+        counts.append(1 + int(math.log(1 - rng.random()) / again))
+    common = range(len(counts) - len(counts) // 4, len(counts))
+    for i in range(len(slots) - sum(counts)):
+        counts[common[i % len(common)]] += 1
+    chosen, begin = [], 0
+    for name, n in zip(rng.sample(names, len(counts)), counts, strict=True):
+        if taken := slots[begin : begin + n]:
+            chosen.append((name, sorted(taken)))
+        begin += n
+    return chosen
 
 
-def _distractors(settings: WorldSettings, rng: np.random.Generator) -> tuple[Distractor, ...]:
-    found = []
-    for kind in ("flash", "click"):
-        for _ in range(rng.poisson(settings.distractors_per_s * settings.seconds)):
-            start = round(float(rng.uniform(0, settings.seconds - 0.5)), 3)
-            found.append(Distractor(kind, *_cell(settings, rng), start, round(start + 0.5, 3)))
-    return tuple(sorted(found, key=lambda d: (d.start_s, d.kind)))
+def _partner(name: str, split: str, rng: random.Random) -> str:
+    """A colour or pitch: in test clips a held-out one half of the time, elsewhere never."""
+    if split == "test" and rng.random() < 0.5:
+        return HELD_OUT[name]
+    return rng.choice(OPEN_PARTNERS[name])
 
 
-def _background(spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:
-    """A colour gradient that drifts from one colour to the other over the clip, with a fixed faint texture."""
-    s = spec.settings
-    n = round(s.seconds * s.fps)
-    first, second = (np.array(c, np.float32) for c in spec.background)
-    ramp = np.linspace(-0.3, 0.3, s.size, dtype=np.float32)
-    texture = rng.uniform(-8, 8, (s.size, s.size, 1)).astype(np.float32)
-    frames = np.empty((n, s.size, s.size, 3), np.uint8)
-    for k in range(n):
-        mix = np.clip((k / n) + ramp[:, None] + 0 * ramp[None, :], 0, 1)[..., None]
-        frames[k] = np.clip(first * (1 - mix) + second * mix + texture, 0, 255)
-    return frames
+def _span(slot: int, settings: WorldSettings, rng: random.Random) -> tuple[float, float]:
+    """Start and end inside a slot: 1 to 3 s long, at least half a second shorter than the slot."""
+    n_steps = round(settings.slot_s / STEP_S)
+    length = rng.randint(2, min(6, n_steps - 1))
+    start = slot * n_steps + rng.randint(0, n_steps - length)
+    return start * STEP_S, (start + length) * STEP_S
 
 
-def _draw(
-    frames: np.ndarray, s: WorldSettings, what: Sight | Distractor, colour: np.ndarray, mask: np.ndarray | None
-) -> None:
-    """Put a shape or a flash into its cell in every frame shown from start_s to end_s."""
-    side = s.size // s.grid
-    if mask is None:
-        assert isinstance(what, Sight)
-        mask = shape_mask(what.shape, side)
-    else:
-        repeat = -(-side // mask.shape[0])
-        mask, colour = (np.kron(a, np.ones((repeat, repeat) + (1,) * (a.ndim - 2), a.dtype)) for a in (mask, colour))
-        mask, colour = mask[:side, :side], colour[:side, :side]
-    first, last = int(np.ceil(what.start_s * s.fps - 1e-6)), int(np.ceil(what.end_s * s.fps - 1e-6))
-    top, left = what.row * side, what.column * side
-    part = frames[first:last, top : top + side, left : left + side]
-    part[:] = np.where(mask[None, ..., None], colour.astype(np.uint8), part)
-
-
-def shape_mask(shape: str, side: int) -> np.ndarray:
-    """(side, side) bool: the pixels of a shape that fills about 80 % of a cell."""
-    y, x = np.meshgrid(*[(np.arange(side) + 0.5) / side * 2.5 - 1.25] * 2, indexing="ij")
-    radius, reach = np.hypot(x, y), np.maximum(abs(x), abs(y))
-    masks = {
-        "circle": radius < 1,
-        "square": reach < 0.9,
-        "triangle": (y < 0.85) & (y > 2.0 * abs(x) - 0.95),
-        "cross": (np.minimum(abs(x), abs(y)) < 0.28) & (reach < 1),
-        "ring": (radius < 1) & (radius > 0.55),
-        "diamond": abs(x) + abs(y) < 1,
-        "bar": (abs(y) < 0.3) & (abs(x) < 1),
-        "box": (reach < 0.95) & (reach > 0.55),
-    }
-    return masks[shape]
-
-
-def _tone(sound: Sound, s: WorldSettings, rng: np.random.Generator) -> np.ndarray:
-    """The waveform of a sound event: pattern at a pitch, with soft edges."""
-    n = round(sound.end_s * s.sampling_rate) - round(sound.start_s * s.sampling_rate)
-    t = np.arange(n) / s.sampling_rate
-    f = PITCHES[sound.pitch]
-
-    def sine(hz: np.ndarray | float) -> np.ndarray:
-        return np.sin(2 * np.pi * np.cumsum(np.full(n, hz) if np.isscalar(hz) else hz) / s.sampling_rate)
-
-    if sound.pattern == "beeps":
-        wave = sine(f) * ((t * 4) % 1 < 0.5)
-    elif sound.pattern == "sweep":
-        wave = sine(f * 2 ** (0.8 * t / t[-1] - 0.4))
-    elif sound.pattern == "noise":
-        wave = sine(f * (1 + 0.15 * np.repeat(rng.uniform(-1, 1, -(-n // 32)), 32)[:n]))
-    elif sound.pattern == "chord":
-        wave = (sine(f) + sine(f * 1.25) + sine(f * 1.5)) / 2
-    elif sound.pattern == "hum":
-        wave = sine(f)
-    else:
-        wave = sine(np.where((t * 8) % 1 < 0.5, f, f * 1.19))
-    return 0.35 * wave * np.clip(np.minimum(t, t[::-1]) / 0.02, 0, 1)
-
-
-def _click(click: Distractor, s: WorldSettings, rng: np.random.Generator) -> np.ndarray:
-    n = round(click.end_s * s.sampling_rate) - round(click.start_s * s.sampling_rate)
-    return 0.9 * rng.uniform(-1, 1, n) * np.exp(-np.arange(n) / (0.01 * s.sampling_rate))
-
-
-def _add(samples: np.ndarray, s: WorldSettings, what: Sound | Distractor, wave: np.ndarray) -> None:
-    first = round(what.start_s * s.sampling_rate)
-    samples[first : first + len(wave)] += wave[: len(samples) - first]
+def _distractors(settings: WorldSettings, rng: random.Random) -> tuple[Distractor, ...]:
+    """Flashes and noises at multiples of a quarter second, 0.25 to 1 s long."""
+    found, quarters = [], int(settings.seconds * 4)
+    for modality in ("flash", "noise"):
+        for _ in range(int(settings.distractors_per_s * settings.seconds + rng.random())):
+            kind = modality if modality == "flash" else rng.choice(("click", "burst"))
+            length = rng.randint(2, 4) if kind == "flash" else rng.randint(1, 2)
+            start = rng.randint(0, quarters - length)
+            row, column = rng.randrange(settings.grid), rng.randrange(settings.grid)
+            found.append(Distractor(kind, row, column, start / 4, (start + length) / 4))
+    return tuple(sorted(found, key=lambda d: (d.start_s, d.kind, d.row, d.column)))

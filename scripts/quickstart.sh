@@ -14,7 +14,8 @@ say "1/5 model: a small random Qwen2.5-Omni thinker (2.6 M weights, untrained)"
 [ -f $run/model/preprocessor_config.json ] && echo "kept: $run/model" || omnimem tiny $run/model
 
 say "2/5 clips: real mp4 files with picture, sound and questions"
-python -m data_prep.render $run/clips --clips 60 --test 12 --val 4 --seconds 16 --seed 0 --workers 2
+python -m data_prep.render $run/clips --clips 60 --test 12 --val 4 --seconds 16 --slot-s 2.5 --grid 2 \
+    --seed 0 --workers 2
 
 say "3/5 fine-tuning under random memory budgets"
 if [ -d $run/train/checkpoints ] && grep -q '"step": 60,' $run/train/metrics.jsonl; then

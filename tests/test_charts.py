@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from omnimem_train.charts import Axis, Level, Line, Point, chart, legend, number, ticks
+from omnimem_train.charts import Axis, Level, Line, Point, chart, legend, number, swatch, ticks
 from omnimem_train.markup import Markup, details, tag
 
 
@@ -36,6 +36,16 @@ def test_points_stand_where_their_values_are() -> None:
     assert "a, 4: 50 [40, 60]" in svg
 
 
+def test_larger_charts_and_lines_further_apart() -> None:
+    lines = [Line(n, [Point(1, 50, 40, 60), Point(2, 50, 40, 60)], markers=True) for n in "abcdefghij"]
+    svg = chart(lines, Axis("x", log=True, at=(1, 2)), Axis("y", low=0, high=100), [Level("l", 50)], (760, 420), 6.0)
+    assert 'viewBox="0 0 760 420"' in svg
+    at = numbers(svg, "cx")
+    assert [round(b - a, 1) for a, b in pairwise(at[::2])] == [6.0] * 9
+    assert min(at) > 46 and max(at) < 760 - 12  # whiskers stay on the chart however many lines there are
+    assert re.search(r'x2="748" y1="[\d.]+" y2="[\d.]+" class="axis"', svg)
+
+
 def test_values_that_are_not_finite_are_gaps() -> None:
     points = [Point(x, float("nan") if x == 3 else 1.0 + x) for x in range(6)] + [Point(7, float("inf")), Point(8, 2)]
     svg = chart([Line("a", points)], Axis("x"), Axis("y"))
@@ -55,6 +65,7 @@ def test_equal_values_and_single_points_are_drawn() -> None:
 def test_many_lines_stay_apart() -> None:
     lines = [Line("a", (), i, dashed, markers=True) for i in range(16) for dashed in (False, True)]
     swatches = re.findall(r"<svg.*?</svg>", legend(lines))
+    assert all(swatch(line) in own for line, own in zip(lines, swatches, strict=True))
     assert len(swatches) == len(set(swatches)) == 32
 
 

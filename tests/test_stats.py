@@ -291,6 +291,45 @@ def test_other_questions_duplicates_and_nothing_are_refused() -> None:
         compare([], [])
 
 
+def pool(runs: Sequence[Sequence[Outcome]]) -> list[Outcome]:
+    """The runs' answers to each question as one outcome."""
+    n = len(runs)
+    return [Outcome(o[0].item, o[0].clip, sum(x.share for x in o) / n, answers=n) for o in zip(*runs, strict=True)]
+
+
+def test_pooled_answers_are_no_further_questions() -> None:
+    """The same answers three times: one set of questions, with the interval and the p-values of one run."""
+    rng = random.Random(6)
+    base, other = simulate(rng, 25, shared=True)
+    thrice, again = pool([base] * 3), pool([other] * 3)
+    assert accuracy(thrice) == accuracy(base)
+    assert compare(thrice, again) == compare(base, other)
+    assert compare(base, again) == compare(base, other)  # one answer against three
+
+
+def test_pooled_difference_by_hand() -> None:
+    """Two budgets; clips of one question gain 1, 1/2, 1/2 and lose 1/2, eight stay. Adjusted by +1 and -1 as ever."""
+    base = pool([outcomes([[False]] * 4 + [[True]] * 8), outcomes([[False]] * 3 + [[True]] * 9)])
+    other = pool([outcomes([[True]] * 3 + [[False]] + [[True]] * 8), outcomes([[True]] + [[False]] * 3 + [[True]] * 8)])
+    found = compare(base, other)
+    assert (found.n, found.gained, found.lost) == (12, 3, 1)
+    assert found.value == pytest.approx(1.5 / 12)
+    centre = 1.5 / 14
+    variance = ((1 + 3 * 0.25 + 2) / 14 - centre**2) / 14 * 14 / 13
+    reach = 2.20098516 * math.sqrt(variance)
+    assert (found.low, found.high) == (pytest.approx(centre - reach), pytest.approx(centre + reach))
+    assert found.p_clustered == sign_flip([2, 1, 1, -1])  # in halves
+    assert found.p_mcnemar == mcnemar(3, 1)
+
+
+def test_pooled_accuracy_by_hand() -> None:
+    """Residual sums of clips with shares (1, 1/2), (0, 1/2): 1/2 and -1/2, variance 2 * (1/4 + 1/4) / 16."""
+    runs = outcomes([[True, True], [False, True]]), outcomes([[True, False], [False, False]])
+    found = accuracy(pool(runs))
+    assert (found.value, found.n, found.failed) == (0.5, 4, 0)
+    assert found.design_effect == pytest.approx(2 * 0.5 / 16 / (0.25 / 3))
+
+
 # Families and tables --------------------------------------------------------------------------------------------------
 
 

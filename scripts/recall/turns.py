@@ -18,9 +18,13 @@ from omnimem_train.benchmarks import PROMPTS, choice_prompt
 from omnimem_train.models.interface import RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.tiny import WORDS
 
+# How a question is put: in the words of two benchmarks, without options, and two easy forms that teach what a letter
+# stands for. On letters alone a small model stays at chance long after it knows every answer.
 DIRECT = "{} Answer in a few words."
-FORMS = ("manifest", "lvomnibench", "direct")
-SHARES = (0.55, 0.15, 0.3)  # of the forms in pre-training
+LOOKUP = "Which option says {}?"
+REASON = "{} Say it, then its letter."
+FORMS = {"manifest": 0.4, "lvomnibench": 0.1, "direct": 0.15, "lookup": 0.15, "reason": 0.2}  # shares in pre-training
+LETTER_FORMS = ("manifest", "lvomnibench")
 VOCABULARY = 1600  # entries of the tokenizer before its control tokens
 
 
@@ -28,16 +32,23 @@ def words() -> str:
     """What the tokenizer's merges are learned from: every word a question, an option or an answer can hold."""
     fixed = """How many times was the seen heard Which shape sound came first these In which part of video once twice
     three four quarter second third last and all A B C D What colour pitch when"""
-    text = " ".join([WORDS, fixed, *SHAPES, *COLOURS, *PATTERNS, *PITCHES, *PROMPTS.values(), DIRECT, NARRATE])
+    text = " ".join(
+        [WORDS, fixed, *SHAPES, *COLOURS, *PATTERNS, *PITCHES, *PROMPTS.values(), DIRECT, NARRATE, LOOKUP, REASON]
+    )
     for mark in "{}().,:;?\n":
         text = text.replace(mark, " ")
     return " ".join(dict.fromkeys(text.split()))
 
 
 def rendered(model: StreamingModel, q: Question, form: str) -> RenderedTurn:
-    """A question with its answer: the letter, or ("direct") the right option's text."""
+    """A question with its answer: the letter, the right option's text ("direct"), or that and the letter ("reason")."""
+    right = q.options["ABCD".index(q.answer)]
     if form == "direct":
-        return model.render(Turn(DIRECT.format(q.text), q.options["ABCD".index(q.answer)]))
+        return model.render(Turn(DIRECT.format(q.text), right))
+    if form == "lookup":
+        return model.render(Turn(choice_prompt(LOOKUP.format(right), q.options), q.answer))
+    if form == "reason":
+        return model.render(Turn(choice_prompt(REASON.format(q.text), q.options), f"{right}\n{q.answer}"))
     return model.render(Turn(choice_prompt(q.text, q.options, form), q.answer))
 
 
@@ -84,9 +95,8 @@ class TurnBatches(IterableDataset[Batch]):
     Args:
         model: whose tokenizer and dialogue.
         specs: the pool, all of one length and slot length.
-        levels: (seconds of a crop, crops in a batch), from the first to the last of the curriculum.
+        levels: (seconds of a crop, crops in a batch, questions of each), from first to last of the curriculum.
         level: shared with the training process, which raises it.
-        n_questions: of each crop.
         seed: of everything drawn.
     """
 
@@ -94,13 +104,12 @@ class TurnBatches(IterableDataset[Batch]):
         self,
         model: StreamingModel,
         specs: Sequence[ClipSpec],
-        levels: Sequence[tuple[int, int]],
+        levels: Sequence[tuple[int, int, int]],
         level: multiprocessing.sharedctypes.Synchronized[int],
-        n_questions: int = 6,
         seed: int = 0,
     ) -> None:
         self.model, self.specs, self.levels, self.level = model, specs, levels, level
-        self.n_questions, self.seed = n_questions, seed
+        self.seed = seed
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -113,26 +122,22 @@ class TurnBatches(IterableDataset[Batch]):
                 level = int(rng.integers(level))
             yield self._batch(*self.levels[level], rng, maker)
 
-    def _batch(self, seconds: int, size: int, rng: np.random.Generator, maker: QuestionMaker) -> Batch:
+    def _batch(self, seconds: int, size: int, asks: int, rng: np.random.Generator, maker: QuestionMaker) -> Batch:
         clips = rng.integers(len(self.specs), size=size)
         slot_s = self.specs[0].settings.slot_s
         step = int(np.lcm(round(slot_s), 2))  # crops begin where a slot and a block of the audio tower begin
         last = (int(self.specs[0].settings.seconds) - seconds) // step
         starts = [int(s) * step for s in rng.integers(last + 1, size=size)]
         cut = [crop(self.specs[c], s, s + seconds) for c, s in zip(clips, starts, strict=True)]
-        asked = [maker.ask(spec, self.n_questions) for spec in cut]
+        asked = [maker.ask(spec, asks) for spec in cut]
         turns, letters = [], []
         for slot in range(max(len(q) for q in asked)):
-            forms = rng.choice(FORMS, size=size, p=SHARES)
-            row = [
-                rendered(self.model, q[slot], form) if slot < len(q) else None
-                for q, form in zip(asked, forms, strict=True)
-            ]
+            form = str(rng.choice(list(FORMS), p=list(FORMS.values())))  # one for all, so that little is padding
+            row = [rendered(self.model, q[slot], form) if slot < len(q) else None for q in asked]
             turns.append(pack(row))
-            there = [(q[slot], form) for q, form in zip(asked, forms, strict=True) if slot < len(q)]
-            for (q, form), place in zip(there, _firsts(row), strict=True):
-                if form != "direct":
-                    letters.append((slot, place, KINDS.index(q.kind)))
+            if form in LETTER_FORMS:
+                kinds = [KINDS.index(q[slot].kind) for q in asked if slot < len(q)]
+                letters += [(slot, place, kind) for place, kind in zip(_firsts(row), kinds, strict=True)]
         told = [narration(spec) for spec in cut]
         turns.append(pack([self.model.render(Turn(NARRATE, text or "nothing")) for text in told], "narration"))
         return Batch(seconds, torch.from_numpy(clips), starts, turns, torch.tensor(letters).view(-1, 3))
