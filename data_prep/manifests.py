@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.questions import LETTERS, Question, QuestionMaker, narration
+from data_prep.questions import LETTERS, NARRATE, Question, QuestionMaker, narration
 from data_prep.world import SPLITS, ClipSpec
 from omnimem_train.benchmarks import choice_prompt
 from omnimem_train.errors import UserError
 
-NARRATE = "Name everything that was seen and heard, in order."
 RECORD = "settings.json"
 
 

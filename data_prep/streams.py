@@ -114,6 +114,15 @@ class WorldStreams:
         """Media tokens of a clip of so many seconds."""
         return len(self.layout(seconds).order)
 
+    @property
+    def opening_tokens(self) -> int:
+        """Text tokens before the media."""
+        return len(self._opening.ids)
+
+    def stream_tokens(self, seconds: float) -> int:
+        """Tokens of a stream: opening text and media."""
+        return self.opening_tokens + self.tokens(seconds)
+
     @torch.no_grad()
     def encode(self, specs: Sequence[ClipSpec], at_once: int = 32) -> Tensor:
         """(B, T, E) media tokens of clips of one length, in stream order."""

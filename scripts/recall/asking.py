@@ -39,10 +39,13 @@ class ClipSet:
         return int(self.specs[0].settings.seconds)
 
 
-def clip_set(streams: WorldStreams, specs: Sequence[ClipSpec], n_questions: int | None, seed: int = 0) -> ClipSet:
-    """Encode clips of a split and make their questions."""
+def clip_set(
+    streams: WorldStreams, specs: Sequence[ClipSpec], n_questions: int, seed: int = 0, media: Tensor | None = None
+) -> ClipSet:
+    """Clips of a split with `n_questions` of each (none: 0), encoded unless `media` is given."""
     maker = QuestionMaker(seed, SPLITS.index(specs[0].split))
-    return ClipSet(specs, streams.encode(specs), [maker.ask(spec, n_questions) for spec in specs])
+    asked = [maker.ask(spec, n_questions) if n_questions else [] for spec in specs]
+    return ClipSet(specs, streams.encode(specs) if media is None else media, asked)
 
 
 class Asker:

@@ -54,7 +54,7 @@ class MasterWeights:
         torch._foreach_copy_(self.weights, self.master)
 
 
-def lr_at(peak: float, step: int, done: float, warmup: int = 200, decay_from: float = 0.6) -> float:
+def lr_at(peak: float, step: int, done: float, warmup: int = 200, decay_from: float = 0.75) -> float:
     """Warm-up over steps, then `peak`, then a cosine down to 2 % of it; `done` is the share of the time used."""
     if step < warmup:
         return peak * (step + 1) / warmup

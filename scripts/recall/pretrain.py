@@ -4,7 +4,7 @@
 
 Stage 1 teaches the towers to name what their tokens show (scripts/recall/towers.py). Stage 2 encodes a pool of clips
 once and teaches the decoder to answer and to narrate crops of it, in a curriculum of lengths: the next one begins when
-every kind of question has 80 % of its letters right, or when its share of the time is over. Each crop and its
+every kind of question has 85 % of its letters right, or when its share of the time is over. Each crop and its
 questions go through the layers once, under one mask: questions see the crop and nothing of each other.
 
 OUT holds model/ (bfloat16, loads with the stock class), log.jsonl, state.pt. A call that finds state.pt goes on from
@@ -44,11 +44,11 @@ from omnimem_train.step import EncodedStream
 from scripts.recall.asking import Asker, by_kind, clip_set
 from scripts.recall.optimise import MasterWeights, lr_at
 from scripts.recall.towers import train_towers
-from scripts.recall.turns import VOCABULARY, Batch, TurnBatches, words
+from scripts.recall.turns import TRACKED, VOCABULARY, Batch, TurnBatches, words
 
 LEVELS = ((6, 48, 8), (12, 40, 12), (24, 24, 16), (60, 12, 24))  # seconds of a crop, crops in a batch, questions each
-SHARES = (0.4, 0.58, 0.74)  # of stage 2's time by which level 1, 2, 3 begins at the latest
-READY = 0.8
+SHARES = (0.4, 0.62, 0.78)  # of stage 2's time by which level 1, 2, 3 begins at the latest
+READY = 0.85
 SPEC = MemorySpec(selector="full", budget=None, chunk_tokens=10**6)
 Log = Callable[[dict[str, Any]], None]
 
@@ -148,13 +148,14 @@ class Decoder:
         self.weights = MasterWeights(model.module)
         fuse_norms(model.parts.text)
         self.step, self.used_s = 0, 0.0
-        self.right = torch.zeros(len(KINDS), device=model.device)  # running share of right letters at this level
-        self.seen = torch.zeros(len(KINDS), device=model.device)
+        self.right = torch.zeros(len(TRACKED), device=model.device)  # running share of right letters at this level
+        self.seen = torch.zeros(len(TRACKED), device=model.device)
 
     def train(self, seconds: float, log: Log, save: Callable[[Decoder], None], max_steps: int = 10**9) -> None:
         """Go on until `seconds` of training are used."""
         begun, before, saved = time.perf_counter(), self.used_s, time.perf_counter()
-        for batch in self.batches:
+        for packed in self.batches:
+            batch = Batch.unpack(packed)
             self.used_s = before + time.perf_counter() - begun
             if self.used_s >= seconds or self.step >= max_steps:
                 break
@@ -195,7 +196,7 @@ class Decoder:
         self.seen.mul_(0.98).index_add_(0, kinds, torch.ones_like(hit))
 
     def _shares(self) -> dict[str, float]:
-        return dict(zip(KINDS, (self.right / self.seen.clamp(min=1)).tolist(), strict=True))
+        return dict(zip(TRACKED, (self.right / self.seen.clamp(min=1)).tolist(), strict=True))
 
     def _log_row(self, row: dict[str, Tensor]) -> dict[str, Any]:
         about = {"stage": "decoder", "step": self.step, "seconds": self.used_s, "level_s": LEVELS[self.level.value][0]}
@@ -206,6 +207,7 @@ class Decoder:
         if level + 1 == len(LEVELS):
             return
         asked = self.seen > 20  # a crop of two slots has nothing to ask about order
+        asked[len(KINDS) :] = False
         known = bool(asked.any()) and bool((self.right / self.seen.clamp(min=1))[asked].amin() >= READY)
         if known or done >= SHARES[level]:
             self.level.value = level + 1

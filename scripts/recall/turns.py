@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing.sharedctypes
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,14 @@ from omnimem_train.models.tiny import WORDS
 DIRECT = "{} Answer in a few words."
 LOOKUP = "Which option says {}?"
 REASON = "{} Say it, then its letter."
-FORMS = {"manifest": 0.4, "lvomnibench": 0.1, "direct": 0.15, "lookup": 0.15, "reason": 0.2}  # shares in pre-training
+FORMS = {"manifest": 0.5, "lvomnibench": 0.15, "direct": 0.1, "lookup": 0.1, "reason": 0.15}  # shares in pre-training
 LETTER_FORMS = ("manifest", "lvomnibench")
+TRACKED = (
+    *KINDS,
+    "direct",
+    "lookup",
+    "reason",
+)  # what a share of right answers is kept of: letters of each kind, forms
 VOCABULARY = 1600  # entries of the tokenizer before its control tokens
 
 
@@ -71,6 +78,13 @@ def _firsts(turns: Sequence[RenderedTurn | None]) -> list[int]:
     return [int(start) for start, n in zip(starts, counts, strict=True) if n]
 
 
+def _letters(turns: Sequence[RenderedTurn | None]) -> list[int]:
+    """Of the supervised places that `pack` lists for these turns, the last before the end mark of each turn."""
+    counts = [0 if t is None else int((t.labels[1:] != -100).sum()) for t in turns]
+    ends = np.cumsum(counts)
+    return [int(end) - 2 for end, n in zip(ends, counts, strict=True) if n]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Turns about crops of clips of a pool.
@@ -79,7 +93,7 @@ class Batch:
         seconds: length of the crops.
         clips: (B,) int64 which clip of the pool. starts: where each crop begins, seconds.
         turns: question slots, then one of narration.
-        letters: (k, 3) int64: for each letter answer its slot, its place among the slot's targets, its kind.
+        letters: (k, 3) int64: for each letter its slot, its place among the slot's targets, what it tells (`TRACKED`).
     """
 
     seconds: int
@@ -88,9 +102,20 @@ class Batch:
     turns: list[PackedTurn]
     letters: Tensor
 
+    def pack(self) -> bytes:
+        """For the way between processes: torch would open a shared file for every tensor."""
+        return pickle.dumps(self)
 
-class TurnBatches(IterableDataset[Batch]):
-    """Endless random batches at the level of the curriculum that `level` holds; made for the workers of a DataLoader.
+    @staticmethod
+    def unpack(packed: bytes) -> Batch:
+        """Inverse of `pack`."""
+        batch = pickle.loads(packed)
+        assert isinstance(batch, Batch)
+        return batch
+
+
+class TurnBatches(IterableDataset[bytes]):
+    """Endless random batches (packed) at the level of the curriculum that `level` holds, for workers of a DataLoader.
 
     Args:
         model: whose tokenizer and dialogue.
@@ -111,7 +136,7 @@ class TurnBatches(IterableDataset[Batch]):
         self.model, self.specs, self.levels, self.level = model, specs, levels, level
         self.seed = seed
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[bytes]:
         info = get_worker_info()
         worker = info.id if info else 0
         rng = np.random.default_rng((self.seed, worker))
@@ -120,7 +145,7 @@ class TurnBatches(IterableDataset[Batch]):
             level = self.level.value
             if level and rng.random() < 0.2:  # earlier lengths are not forgotten
                 level = int(rng.integers(level))
-            yield self._batch(*self.levels[level], rng, maker)
+            yield self._batch(*self.levels[level], rng, maker).pack()
 
     def _batch(self, seconds: int, size: int, asks: int, rng: np.random.Generator, maker: QuestionMaker) -> Batch:
         clips = rng.integers(len(self.specs), size=size)
@@ -135,9 +160,10 @@ class TurnBatches(IterableDataset[Batch]):
             form = str(rng.choice(list(FORMS), p=list(FORMS.values())))  # one for all, so that little is padding
             row = [rendered(self.model, q[slot], form) if slot < len(q) else None for q in asked]
             turns.append(pack(row))
-            if form in LETTER_FORMS:
-                kinds = [KINDS.index(q[slot].kind) for q in asked if slot < len(q)]
-                letters += [(slot, place, kind) for place, kind in zip(_firsts(row), kinds, strict=True)]
+            told_by = [TRACKED.index(q[slot].kind if form in LETTER_FORMS else form) for q in asked if slot < len(q)]
+            letters += [(slot, place, tells) for place, tells in zip(_letters(row), told_by, strict=True)]
         told = [narration(spec) for spec in cut]
         turns.append(pack([self.model.render(Turn(NARRATE, text or "nothing")) for text in told], "narration"))
-        return Batch(seconds, torch.from_numpy(clips), starts, turns, torch.tensor(letters).view(-1, 3))
+        return Batch(
+            seconds, torch.from_numpy(clips), starts, turns, torch.tensor(letters, dtype=torch.int64).view(-1, 3)
+        )

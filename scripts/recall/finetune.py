@@ -1,0 +1,197 @@
+"""Budget-aware fine-tuning on the recall world, and its controls: the package's trainer on streams side by side.
+
+The arms differ in what stands in the loop and in nothing else: steps, clips, questions, learning rate and adapter are
+the same.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.questions import NARRATE, QuestionMaker, narration
+from data_prep.streams import PackedTurn, WorldStreams, pack
+from data_prep.world import ClipSpec
+from omnimem_train.budget_sampling import BudgetSampling
+from omnimem_train.losses import LossConfig
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.interface import RenderedTurn, StreamingModel, Turn
+from omnimem_train.models.loading import ModelConfig
+from omnimem_train.models.lora import LoraSettings
+from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
+from omnimem_train.run_config import RunConfig, TrainConfig
+from omnimem_train.step import EncodedStream
+from omnimem_train.streaming import Gradient
+from scripts.recall.methods import BUDGETS, CHUNK, Form
+from scripts.recall.turns import rendered
+
+RANDOM = BudgetSampling(kind="log_uniform", low=32, high=640, full_share=0.15, chunk_jitter=0.25)
+FIXED = BudgetSampling(kind="fixed", choices=(BUDGETS[-2],), full_share=0.0, chunk_jitter=0.25)
+WITHOUT = BudgetSampling(kind="fixed", choices=(BUDGETS[-2],), full_share=1.0, chunk_jitter=0.25)
+ALL = Gradient("all", checkpointing=False)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one fine-tuning differs in.
+
+    Attributes:
+        memory: the selector in the loop; None for the study's best.
+        budgets: how they are drawn.
+        gradient, loss: of the loop.
+        narrate: also ask for everything in order.
+    """
+
+    memory: Form | None = None
+    budgets: BudgetSampling = RANDOM
+    gradient: Gradient = ALL
+    loss: LossConfig = field(default_factory=LossConfig)
+    narrate: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "budget_lora": Arm(),
+    "full_lora": Arm(budgets=WITHOUT),
+    "critical_kv_lora": Arm(memory=Form("critical_kv")),
+    "window_lora": Arm(memory=Form("sliding_window")),
+    "fixed_lora": Arm(budgets=FIXED),
+    "budget_lora_last1": Arm(gradient=replace(ALL, kind="last", chunks=1)),
+    "budget_lora_last4": Arm(gradient=replace(ALL, kind="last", chunks=4)),
+    "budget_lora_stop3": Arm(gradient=replace(ALL, kind="stop_layer", layer=3)),
+    "budget_lora_distill": Arm(loss=LossConfig(answer=1.0, distill=0.5)),
+    "budget_lora_narrate": Arm(narrate=True),
+}
+
+
+def configure(arm: str, base: Path, out: Path, best: Form, steps: int, seed: int, lr: float = 5e-4) -> RunConfig:
+    """The run of an arm."""
+    a = ARMS[arm]
+    form = best if a.memory is None else a.memory
+    memory: MemorySpec = form.spec(BUDGETS[-2], CHUNK)
+    return RunConfig(
+        model=ModelConfig(path=str(base), dtype="bfloat16"),
+        lora=LoraSettings(r=32, alpha=64.0),
+        memory=memory,
+        budgets=replace(a.budgets, seed=seed),
+        gradient=a.gradient,
+        loss=a.loss,
+        train=TrainConfig(output=out, steps=steps, lr=lr, warmup_steps=10, seed=seed, log_every=20, keep=1),
+    )
+
+
+class WorldTurns(Dataset[bytes]):
+    """Batch number i: numbers of some clips of a pool and questions about them, pickled; a function of (seed, i)."""
+
+    def __init__(
+        self, model: StreamingModel, specs: Sequence[ClipSpec], seed: int, size: int, asks: int, narrate: bool
+    ) -> None:
+        self.model, self.specs, self.seed = model, specs, seed
+        self.size, self.asks, self.narrate = size, asks, narrate
+
+    def __getitem__(self, number: int) -> bytes:
+        rng = np.random.default_rng((self.seed, number))
+        clips = rng.choice(len(self.specs), size=self.size, replace=False)
+        maker = QuestionMaker(int(rng.integers(2**31)), 0)
+        asked = [maker.ask(self.specs[c], self.asks) for c in clips]
+        turns: list[PackedTurn] = []
+        for slot in range(max(len(q) for q in asked)):
+            row = [rendered(self.model, q[slot], "manifest") if slot < len(q) else None for q in asked]
+            turns.append(pack(row))
+        if self.narrate:
+            told: list[RenderedTurn] = [self.model.render(Turn(NARRATE, narration(self.specs[c]))) for c in clips]
+            turns.append(pack(told, "narration"))
+        return pickle.dumps((torch.from_numpy(clips), turns))
+
+
+class WorldSource:
+    """Batches of clips of a pool as a source for the trainer (`omnimem_train.source.StreamSource`).
+
+    Args:
+        model: renders; its towers made `media`.
+        specs, media: the pool: what happens in its clips, and (N, T, E) their tokens.
+        seed: of the order and the questions.
+        size: clips side by side.
+        asks: questions of each.
+        narrate: add a narration.
+        workers: processes that make the questions.
+    """
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        specs: Sequence[ClipSpec],
+        media: Tensor,
+        *,
+        seed: int = 0,
+        size: int = 8,
+        asks: int = 24,
+        narrate: bool = False,
+        workers: int = 1,
+    ) -> None:
+        assert isinstance(model, Qwen2_5OmniStreaming)
+        self.encoder = WorldStreams(model, specs[0].settings.size)
+        self.turns = WorldTurns(model, specs, seed, size, asks, narrate)
+        self.media, self.workers = media, workers
+        self.position, self.waited_s = 0, 0.0
+
+    def __len__(self) -> int:
+        return len(self.turns.specs)
+
+    def streams(self, start: int) -> Generator[EncodedStream, None, None]:
+        """Batches from number `start` on."""
+        self.position = start
+        seconds = self.turns.specs[0].settings.seconds
+        loader = DataLoader(
+            self.turns,
+            batch_size=None,
+            sampler=_from(start),
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+        )
+        batches = iter(loader)
+        while True:
+            begun = time.perf_counter()
+            clips, turns = pickle.loads(next(batches))
+            self.waited_s += time.perf_counter() - begun
+            self.position += 1
+            yield self.encoder.stream(self.media[clips.to(self.media.device)], seconds, turns)
+
+    def prefixes(self) -> Iterable[str]:
+        """No text stands before the media."""
+        return [""]
+
+    def check(self) -> None:
+        """Renders one batch: all questions are of the same few forms."""
+        self.turns[0]
+
+    def example(self) -> tuple[str, RenderedTurn]:
+        """The first question of the first clip."""
+        q = QuestionMaker(0, 0).ask(self.turns.specs[0], 1)[0]
+        return q.text, rendered(self.turns.model, q, "manifest")
+
+
+class _from:
+    """Numbers from `start` on, for a DataLoader."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        number = self.start
+        while True:
+            yield number
+            number += 1
+
+
+def source_for(arm: str, specs: Sequence[ClipSpec], media: Tensor, seed: int, **options: Any) -> Any:
+    """What `omnimem_train.trainer.train` takes as its source."""
+    return lambda model: WorldSource(model, specs, media, seed=seed, narrate=ARMS[arm].narrate, **options)

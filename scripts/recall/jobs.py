@@ -1,0 +1,378 @@
+"""Single measurements of the study, as functions that any worker process can run, and the files they leave."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.streams import WorldStreams
+from data_prep.world import ClipSpec, WorldSettings, make_clip
+from omnimem_train.export import export_adapter
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.memory.state import AUDIO, VISUAL
+from omnimem_train.models.loading import load_model
+from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
+from omnimem_train.rng import versions
+from omnimem_train.streaming import Stream, StreamState
+from omnimem_train.trainer import train
+from scripts.recall.asking import Asker, ClipSet, clip_set
+from scripts.recall.finetune import configure, source_for
+from scripts.recall.methods import FULL, FULL_DESCRIBED, Form
+
+POOL_SEED = 1000  # clips to fine-tune on: not those of pre-training
+
+
+@dataclass(frozen=True)
+class SetSpec:
+    """A clip set: `n` clips of a split and a world, `asks` questions of each."""
+
+    split: str
+    n: int
+    asks: int
+    world: WorldSettings = field(default_factory=WorldSettings)
+    seed: int = 0
+
+    def clips(self) -> list[ClipSpec]:
+        """What happens in them."""
+        return [make_clip(self.world, self.seed, self.split, i) for i in range(self.n)]
+
+
+@dataclass(eq=False)
+class Context:
+    """What a worker knows: where things are, and what it has already loaded.
+
+    Attributes:
+        work: folder of encoded clips, runs and adapters. results: folder of the results.
+        bases: the base models. sets: clip sets by name.
+        steps: of a fine-tuning run. command: what started the study, noted with the results.
+    """
+
+    work: Path
+    results: Path
+    bases: Sequence[Path]
+    sets: Mapping[str, SetSpec]
+    steps: int
+    command: str
+    device: str = "cuda"
+    _askers: dict[Any, Asker] = field(default_factory=dict)
+
+    @lru_cache(maxsize=8)  # noqa: B019 - a context lives as long as its process
+    def model(self, base: int, dtype: str = "bfloat16", adapter: str | None = None) -> Qwen2_5OmniStreaming:
+        """A base model, with an adapter of `work` if one is named."""
+        path = None if adapter is None else self.work / "adapters" / adapter
+        model = load_model(self.bases[base], dtype=dtype, device=self.device, adapter=path)
+        assert isinstance(model, Qwen2_5OmniStreaming)
+        return model
+
+    def clips(self, base: int, name: str) -> ClipSet:
+        """A clip set as the towers of a base model encode it; encoded once, then read from `work`."""
+        spec = self.sets[name]
+        path = self.work / f"{name}-base{base}.pt"
+        streams = WorldStreams(self.model(base), spec.world.size)
+        if not path.exists():
+            found = clip_set(streams, spec.clips(), spec.asks, spec.seed)
+            aside = path.with_suffix(".part")
+            torch.save(found.media.cpu(), aside)
+            aside.rename(path)
+            return found
+        media = torch.load(path, mmap=True).to(self.device)
+        return clip_set(streams, spec.clips(), spec.asks, spec.seed, media)
+
+    def asker(self, base: int, name: str, dtype: str = "bfloat16", adapter: str | None = None) -> Asker:
+        """The questions of a clip set, ready to be asked."""
+        key = (base, name, dtype, adapter)
+        if key not in self._askers:
+            if len(self._askers) >= 4:
+                self._askers.clear()
+            clips = self.clips(base, name)
+            streams = WorldStreams(self.model(base, dtype, adapter), self.sets[name].world.size)
+            media = clips.media.to(streams.model.dtype)
+            self._askers[key] = Asker(streams, ClipSet(clips.specs, media, clips.questions), at_once=at_once(clips))
+        return self._askers[key]
+
+
+def at_once(clips: ClipSet) -> int:
+    """Clips in a batch: fewer of long ones."""
+    return max(4, round(108 * 60 / clips.seconds))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one model to one clip set under some settings.
+
+    Attributes:
+        study, base, arm, seed: as in the results folder. clip_set: name.
+        forms: (form, budget) pairs, measured in this order; with `full`, the full cache too.
+        part: number of the part, where one file is measured in several.
+        specs: further settings by name: (memory, description).
+    """
+
+    study: str
+    base: int
+    clip_set: str
+    forms: tuple[tuple[Form, int], ...] = ()
+    full: bool = False
+    arm: str = "base"
+    seed: int | None = None
+    part: int = 0
+    specs: tuple[tuple[str, MemorySpec, str], ...] = ()
+    dtype: str = "bfloat16"
+    model_name: str = ""
+
+    @property
+    def model(self) -> str:
+        """Name of the model in the results."""
+        if self.model_name:
+            return self.model_name
+        return f"base{self.base}" + ("" if self.arm == "base" else f"-{self.arm}-s{self.seed}")
+
+    def run(self, context: Context) -> dict[Any, float]:
+        """Measure and write a part file; accuracy of each form and budget."""
+        adapter = None if self.arm == "base" else adapter_name(self.base, self.arm, self.seed or 0)
+        asker = context.asker(self.base, self.clip_set, self.dtype, adapter)
+        media = asker.streams.tokens(asker.clips.seconds)
+        found: dict[str, np.ndarray] = {}
+        described: dict[str, dict[str, Any]] = {}
+        scores: dict[Any, float] = {}
+        right = asker.right()
+        if self.full:
+            found["full"], described["full"] = asker.answers(FULL), FULL_DESCRIBED
+        for form, budget in self.forms:
+            name = f"{form.kind} {json.dumps(form.tuned, sort_keys=True)}@{budget}"
+            found[name] = asker.answers(form.spec(budget))
+            described[name] = form.described(budget, media)
+            scores[form, budget] = float((found[name] == right).mean())
+        for name, spec, method in self.specs:
+            found[name] = asker.answers(spec)
+            budget = "full" if spec.unlimited else spec.budget
+            share = 1.0 if spec.unlimited else float(spec.budget or 0) / media
+            about = {"family": "omnimem", "budget": budget, "share": share, "tuned": {}, "memory": spec.to_dict()}
+            described[name] = {"method": method} | about
+        write_part(context, self, asker, found, described)
+        return scores
+
+
+def write_part(
+    context: Context, job: Answers, asker: Asker, found: dict[str, np.ndarray], described: dict[str, dict[str, Any]]
+) -> None:
+    """Leave a part of an answers file, and the questions of its clip set."""
+    folder = context.work / "parts"
+    folder.mkdir(parents=True, exist_ok=True)
+    world = context.sets[job.clip_set].world
+    about = {
+        "study": job.study,
+        "model": job.model,
+        "base": job.base,
+        "arm": job.arm,
+        "seed": job.seed,
+        "clip_set": job.clip_set,
+        "full_tokens": asker.streams.stream_tokens(asker.clips.seconds),
+        "settings": described,
+        "machine": machine(context.device),
+        "versions": versions(),
+        "command": context.command,
+    }
+    if job.study == "sweep":
+        about["world"] = {k: getattr(world, k) for k in ("loudness", "copies", "sound_share")}
+    stem = folder / f"{job.study}__{job.model}.{job.part:03d}"
+    np.savez_compressed(f"{stem}.npz", **found)
+    Path(f"{stem}.json").write_text(json.dumps(about))
+    questions = folder / f"{job.clip_set}.csv.gz"
+    if not questions.exists():
+        questions.write_bytes(question_table(asker.clips))
+
+
+def question_table(clips: ClipSet) -> bytes:
+    """The questions of a clip set as the results folder holds them."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "clip", "kind", "answer", "held_out"])
+    for spec, questions in zip(clips.specs, clips.questions, strict=True):
+        for number, q in enumerate(questions):
+            writer.writerow([f"{spec.id}-{number:02d}", spec.id, q.kind, q.answer, int(q.held_out)])
+    return gzip.compress(text.getvalue().encode(), mtime=0)
+
+
+def merge(work: Path, results: Path) -> int:
+    """Join the part files into the results folder; the number of files."""
+    groups: dict[str, list[Path]] = {}
+    for path in sorted((work / "parts").glob("*.json")):
+        groups.setdefault(path.name.rsplit(".", 2)[0], []).append(path)
+    (results / "answers").mkdir(parents=True, exist_ok=True)
+    (results / "questions").mkdir(exist_ok=True)
+    for stem, parts in groups.items():
+        about = [json.loads(p.read_text()) for p in parts]
+        arrays: dict[str, np.ndarray] = {}
+        for p in parts:
+            with np.load(p.with_suffix(".npz")) as file:
+                arrays |= {name: file[name] for name in file.files}
+        whole = about[0] | {"settings": {k: v for a in about for k, v in a["settings"].items()}}
+        (results / "answers" / f"{stem}.json").write_text(json.dumps(whole, indent=1) + "\n")
+        np.savez_compressed(results / "answers" / f"{stem}.npz", **arrays)
+    for path in (work / "parts").glob("*.csv.gz"):
+        (results / "questions" / path.name).write_bytes(path.read_bytes())
+    return len(groups)
+
+
+def machine(device: str) -> str:
+    """The card."""
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+# Fine-tuning ---------------------------------------------------------------------------------------------------------
+
+
+def adapter_name(base: int, arm: str, seed: int) -> str:
+    """Folder of an adapter in `work/adapters`."""
+    return f"base{base}-{arm}-s{seed}"
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A fine-tuning run, its export, and the answers of what came out."""
+
+    base: int
+    arm: str
+    seed: int
+    best: Form
+    asked: tuple[tuple[Form, int], ...]
+
+    def run(self, context: Context) -> dict[Any, float]:
+        """Train, export, measure on the test clips."""
+        name = adapter_name(self.base, self.arm, self.seed)
+        out = context.work / "runs" / name
+        pool = context.clips(self.base, "pool")
+        config = configure(self.arm, context.bases[self.base], out, self.best, context.steps, self.seed)
+        train(config, source_for(self.arm, pool.specs, pool.media, self.seed))
+        export_adapter(out, context.work / "adapters" / name, device=context.device)
+        study = "ablation" if self.arm.startswith("budget_lora_") else "finetune"
+        return Answers(study, self.base, "test", self.asked, True, self.arm, self.seed).run(context)
+
+
+# Precision and pictures ----------------------------------------------------------------------------------------------
+
+
+def final_state(asker: Asker, spec: MemorySpec, media: Tensor, every: Any = None) -> StreamState:
+    """The state after streaming clips (B, T, E); `every(state)` is called after each chunk."""
+    encoded = asker.streams.stream(media, asker.clips.seconds, [])
+    stream = Stream(asker.streams.model, spec)
+    with torch.no_grad():
+        state = stream.start(len(media))
+        for block in encoded.blocks:
+            for first in range(0, block.n, spec.chunk_tokens):
+                state = stream.feed(state, block[first : first + spec.chunk_tokens])
+                if every is not None:
+                    every(state)
+        return stream.flush(state)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The same settings in float32 and bfloat16: answers, and how much of what is kept agrees."""
+
+    base: int
+    forms: tuple[tuple[Form, int], ...]
+
+    def run(self, context: Context) -> dict[Any, float]:
+        """Measure and write a part file for each precision."""
+        overlap = {}
+        askers = [context.asker(self.base, "test", dtype) for dtype in ("float32", "bfloat16")]
+        for form, budget in self.forms:
+            spec = form.spec(budget)
+            ends = [final_state(a, spec, a.clips.media[:32]) for a in askers]
+            overlap[form, budget] = shared_rows(ends[0], ends[1])
+        for dtype in ("float32", "bfloat16"):
+            name = f"base{self.base}-{dtype}"
+            job = Answers("precision", self.base, "test", self.forms, dtype=dtype, model_name=name)
+            job.run(context)
+            path = context.work / "parts" / f"precision__{name}.000.json"
+            about = json.loads(path.read_text())
+            for (form, budget), share in overlap.items():
+                key = f"{form.kind} {json.dumps(form.tuned, sort_keys=True)}@{budget}"
+                about["settings"][key]["kept_overlap"] = share
+            path.write_text(json.dumps(about))
+        return overlap
+
+
+def shared_rows(a: StreamState, b: StreamState) -> float:
+    """Share of the tokens that two states both keep, mean over layers, streams and heads."""
+    shares = []
+    for x, y in zip(a.layers, b.layers, strict=True):
+        media = (x.modality != 0).unsqueeze(-1)
+        same = ((x.index.unsqueeze(-1) == y.index.unsqueeze(-2)) & media).any(-1)
+        shares.append(float(same.sum() / media.sum()))
+    return sum(shares) / len(shares)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Kept share by modality over time, and what is kept of one clip."""
+
+    base: int
+    forms: tuple[Form, ...]
+    budget: int
+    layer: int = 3
+
+    def run(self, context: Context) -> dict[Any, float]:
+        """Write kept.json and map.json."""
+        asker = context.asker(self.base, "test")
+        spec_of_clip = asker.clips.specs[0]
+        kept: dict[str, Any] = {}
+        maps: dict[str, Any] = {}
+        seconds: list[float] = []
+        for form in self.forms:
+            rows: list[tuple[float, float, float]] = []
+
+            def note(state: StreamState, rows: list[tuple[float, float, float]] = rows) -> None:
+                rows.append(self._shares(asker, state))
+
+            end = final_state(asker, form.spec(self.budget), asker.clips.media[:32], note)
+            whole = [r for i, r in enumerate(rows) if i == 0 or r[0] > rows[i - 1][0]]
+            seconds = [r[0] for r in whole]
+            kept[form.kind] = {"visual": [r[1] for r in whole], "audio": [r[2] for r in whole]}
+            layer = end.layers[self.layer]
+            times, modality = layer.time_s[0, 0], layer.modality[0, 0]
+            maps[form.kind] = {
+                "layer": self.layer,
+                "visual_s": sorted(times[modality == VISUAL].tolist()),
+                "audio_s": sorted(times[modality == AUDIO].tolist()),
+            }
+        context.results.mkdir(parents=True, exist_ok=True)
+        (context.results / "kept.json").write_text(json.dumps({"seconds": seconds, "methods": kept}) + "\n")
+        about = {"clip": spec_of_clip.id, "seconds": spec_of_clip.settings.seconds, "events": events(spec_of_clip)}
+        (context.results / "map.json").write_text(json.dumps(about | {"methods": maps}) + "\n")
+        return {}
+
+    @staticmethod
+    def _shares(asker: Asker, state: StreamState) -> tuple[float, float, float]:
+        """Seconds streamed, and the share kept of the picture and sound tokens streamed so far."""
+        layout = asker.streams.layout(asker.clips.seconds)
+        n = max(0, state.n_run - asker.streams.opening_tokens)
+        seen = layout.modality[:n]
+        found = []
+        for kind in (VISUAL, AUDIO):
+            held = torch.stack([(m.modality == kind).sum(-1).float().mean() for m in state.layers]).mean()
+            found.append(float(held) / max(1, int((seen == kind).sum())))
+        return float(layout.time_s[n - 1]) if n else 0.0, found[0], found[1]
+
+
+def events(spec: ClipSpec) -> list[dict[str, Any]]:
+    """The events of a clip for its map."""
+    rows = [("sight", f"{s.colour} {s.shape}", s, s.faint) for s in spec.sights]
+    rows += [("sound", f"{s.pitch} {s.pattern}", s, s.faint) for s in spec.sounds]  # type: ignore[misc]
+    rows += [("distractor", d.kind, d, False) for d in spec.distractors]  # type: ignore[misc]
+    return [
+        {"kind": kind, "name": name, "start_s": e.start_s, "end_s": e.end_s, "faint": faint}
+        for kind, name, e, faint in rows
+    ]
