@@ -98,7 +98,7 @@ def one_pass(model: StreamingModel, encoded: EncodedStream) -> list[Tensor]:
     questions = encoded.questions
     block = TokenBlock.cat([*encoded.blocks, *(q.block for q in questions)])
     lengths = [encoded.n_tokens, *(q.block.n for q in questions)]
-    owner = torch.arange(len(lengths), device=model.device).repeat_interleave(torch.tensor(lengths).to(model.device))
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(model.device)
     mask = ((owner[:, None] == owner) | (owner == 0)).tril()
     hidden, rope = block.embeds, model.rope(block.positions)
     for layer in range(model.n_layers):
