@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from cases import LORA_CASES, STREAM_CASES, Bench, with_tokens
 from measure import Clock, Results, versions
+from pieces import PIECE_CASES
 from selection import SELECTION_CASES
 from shape import SHAPES
 
 HERE = Path(__file__).resolve().parent
 # Adapters stay on the model once they are on it, so the cases that need them come last.
-CASES: dict[str, Callable[[Bench], None]] = STREAM_CASES | SELECTION_CASES | LORA_CASES
+CASES: dict[str, Callable[[Bench], None]] = STREAM_CASES | PIECE_CASES | SELECTION_CASES | LORA_CASES
 
 
 def arguments() -> argparse.Namespace:

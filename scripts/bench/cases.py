@@ -14,6 +14,7 @@ from shape import Shape, end_of, make_model, stream_block, text_block
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from omnimem_train import kernels
 from omnimem_train.losses import LossConfig, answer_loss
 from omnimem_train.memory import MemorySpec
 from omnimem_train.models.interface import StreamingModel, Tap, TokenBlock
@@ -47,6 +48,11 @@ class Bench:
     clock: Clock
     reps: int = 3
     suffix: str = ""
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether selection runs in the package's kernels here."""
+        return self.device.type == "cuda" and kernels.install()
 
     @cached_property
     def model(self) -> StreamingModel:
