@@ -245,7 +245,7 @@ class Stream:
                 new = LayerMemory.from_chunk(
                     tap.keys, tap.values, positions, chunk.modality, chunk.time_s, index, layer_input
                 )
-                tokens = memory.append(new)
+                tokens = memory.append(new, tap.joined)
                 if first_pass:
                     chosen, evidence = self._select(layer, tokens, chunk.n, tap.queries, state.n_chunks, n_text)
                     rows.append(chosen)
@@ -327,7 +327,7 @@ class Stream:
             new = LayerMemory.from_chunk(
                 tap.keys, tap.values, positions, block.modality, block.time_s, index, layer_input
             )
-            grown.append(memory.append(new) if mask is None else memory)
+            grown.append(memory.append(new, tap.joined) if mask is None else memory)
         return tuple(grown), hidden
 
     def _move(
