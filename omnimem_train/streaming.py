@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from omnimem_train import kernels
 from omnimem_train.errors import UserError
 from omnimem_train.memory import positions as rotary_positions
 from omnimem_train.memory.allocation import Fixed
+from omnimem_train.memory.perturbation import own_gram
 from omnimem_train.memory.selector import Candidates, choose
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import TEXT, VISUAL, LayerMemory
@@ -103,6 +105,9 @@ class Stream:
         self.allocation = spec.make_allocation()
         itemsize = torch.finfo(model.dtype).bits // 8
         self.budgets = spec.layer_budgets(model.n_layers, model.kv_heads, model.head_dim, itemsize)
+        self._grams: dict[int, Tensor] = {}
+        if model.device.type == "cuda":
+            kernels.install()
         if self.gradient.kind in ("last", "stop_layer") and total_tokens < 1:
             raise ValueError("this gradient kind needs total_tokens")
         if self.gradient.kind == "stop_layer" and self.gradient.layer >= model.n_layers:
@@ -111,8 +116,10 @@ class Stream:
     # A stream's life -------------------------------------------------------------------------------------------------
 
     def start(self, batch: int = 1) -> StreamState:
-        """An empty memory for `batch` streams of equal layout."""
+        """An empty memory for `batch` streams of equal layout. What selectors derive from the weights alone is made
+        anew: between two streams the weights may have changed."""
         m = self.model
+        self._grams.clear()
         wants_hidden = "hidden" in self.selector.needs and not self.spec.unlimited
         empty = LayerMemory.empty(
             batch,
@@ -228,6 +235,7 @@ class Stream:
         rope = self.model.rope(positions)
         index = torch.arange(state.n_run, state.n_run + chunk.n, device=hidden.device).expand(hidden.shape[0], -1)
         first_pass = not rows
+        n_text = self._count_text(layers, chunk) if first_pass else 0
         for layer, memory in enumerate(layers):
             with torch.no_grad() if layer >= stop_layer else nullcontext():
                 tap = Tap(memory if memory.n_tokens else None)
@@ -237,28 +245,36 @@ class Stream:
                 new = LayerMemory.from_chunk(
                     tap.keys, tap.values, positions, chunk.modality, chunk.time_s, index, layer_input
                 )
-                tokens = memory.append(new)
+                tokens = memory.append(new, tap.joined)
                 if first_pass:
-                    chosen, evidence = self._select(layer, tokens, memory.n_tokens, tap.queries, state.n_chunks)
+                    chosen, evidence = self._select(layer, tokens, chunk.n, tap.queries, state.n_chunks, n_text)
                     rows.append(chosen)
                     tokens = tokens if evidence is None else tokens.with_evidence(evidence)
                 kept.append(self._keep(tokens, rows[layer]))
         return tuple(kept)
 
+    def _count_text(self, layers: tuple[LayerMemory, ...], chunk: TokenBlock) -> int:
+        """Text tokens among the candidates of a chunk. Text is never dropped, so it is the same number in every layer;
+        asked once, the host waits for the device once a chunk and not once a layer."""
+        if all(budget is None for budget in self.budgets):
+            return 0
+        modality = torch.cat([layers[0].modality[0, 0], chunk.modality[0]])
+        return int((modality == TEXT).sum())
+
     @torch.no_grad()
     def _select(
-        self, layer: int, tokens: LayerMemory, n_memory: int, queries: Tensor, chunk: int
+        self, layer: int, tokens: LayerMemory, n_chunk: int, queries: Tensor, chunk: int, n_text: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Rows to keep (None: all) and the evidence (B, G, S) to store (None: none measured)."""
         budget = self.budgets[layer]
         if budget is None:
             return None, None
-        n_text = int((tokens.modality[0, 0] == TEXT).sum())
         left = self.spec.media_budget(budget, n_text)
         allocation = self.allocation
         if left.audio is not None and left.visual is not None:
             allocation = Fixed(audio=left.audio, visual=left.visual)
-        n_chunk = tokens.n_tokens - n_memory
+        n_memory, needs = tokens.n_tokens - n_chunk, self.selector.needs
+        gram = self._gram(layer) if "output_gram" in needs else None
         probes = self.selector.probes().rows(n_chunk, queries.device)
         view = Candidates(
             tokens=tokens.detach(),
@@ -266,16 +282,25 @@ class Stream:
             queries=queries.detach()[:, :, probes],
             query_rows=probes + n_memory,
             scaling=self.model.head_dim**-0.5,
-            output_weight=self.model.output_weight(layer) if "output_weight" in self.selector.needs else None,
+            output_weight=self.model.output_weight(layer) if "output_weight" in needs and gram is None else None,
             layer=layer,
             n_layers=self.model.n_layers,
             seed=hash((self.spec.seed, chunk, layer)) & 0x7FFFFFFF,
-            rotary=self.model.rotary() if "rotary" in self.selector.needs else None,
+            rotary=self.model.rotary() if "rotary" in needs else None,
             known_text=n_text,
+            output_gram=gram,
         )
         rows, scored = choose(view, self.selector, allocation, left.total)
         evidence = None if scored is None or scored.importance is None else scored.importance.float()
         return (None if rows.shape[-1] == tokens.n_tokens else rows), evidence
+
+    def _gram(self, layer: int) -> Tensor:
+        """W_h^T W_h of a layer's output projection, made once a stream."""
+        if layer not in self._grams:
+            with torch.autocast(self.model.device.type, enabled=False):
+                weight = self.model.output_weight(layer)
+                self._grams[layer] = own_gram(weight, self.model.kv_heads, self.model.heads)
+        return self._grams[layer]
 
     def _keep(self, tokens: LayerMemory, rows: Tensor | None) -> LayerMemory:
         """The selected tokens, moved together where positions are compact."""
@@ -302,7 +327,7 @@ class Stream:
             new = LayerMemory.from_chunk(
                 tap.keys, tap.values, positions, block.modality, block.time_s, index, layer_input
             )
-            grown.append(memory.append(new) if mask is None else memory)
+            grown.append(memory.append(new, tap.joined) if mask is None else memory)
         return tuple(grown), hidden
 
     def _move(

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "omnimem_train"
 LAYERS = [
     ["errors"],
     ["memory"],
+    ["kernels"],
     ["models"],
     ["recipe", "records", "resampling", "rng", "stats", "markup"],
     ["media_decode"],
@@ -41,6 +42,7 @@ OWNERS = {
     "decord": {"media_decode", "media_sound"},
     "av": {"media_decode", "media_sound"},
     "tensorboard": {"runlog"},
+    "triton": {"kernels", "kernels.attention", "kernels.change", "kernels.keep", "kernels.redundancy"},
 }
 
 

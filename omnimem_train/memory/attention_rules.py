@@ -36,6 +36,7 @@ class SnapKV(EvidenceSelector):
     """
 
     name: ClassVar[str] = "snapkv"
+    can_be_negative: ClassVar[bool] = False
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469; kvpress `SnapKVPress`"
     cost: ClassVar[str] = "attention of the last 64 queries"
 
@@ -80,6 +81,7 @@ class ObservedAttention(EvidenceSelector):
     """
 
     name: ClassVar[str] = "observed_attention"
+    can_be_negative: ClassVar[bool] = False
     source: ClassVar[str] = "H2O style, arXiv 2306.14048; kvpress `ObservedAttentionPress`"
     cost: ClassVar[str] = "attention of all chunk queries"
 
@@ -99,6 +101,7 @@ class Tova(EvidenceSelector):
     """Attention of the newest query, averaged over all heads. All kv heads keep the same tokens, the newest too."""
 
     name: ClassVar[str] = "tova"
+    can_be_negative: ClassVar[bool] = False
     source: ClassVar[str] = "TOVA, arXiv 2401.06104; kvpress `TOVAPress`"
     cost: ClassVar[str] = "attention of one query"
     shared_heads: ClassVar[bool] = True

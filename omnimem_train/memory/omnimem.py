@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from omnimem_train.memory.fast import fast
 from omnimem_train.memory.numeric import products, real
 from omnimem_train.memory.options import one_of, within
 from omnimem_train.memory.redundancy import EvidenceSelector, neighbour_cosine, sequence_cosine
@@ -102,10 +103,19 @@ class OmniMem(EvidenceSelector):
         """(B, S)."""
         if self.importance == "approximate":
             return self._attention_of_mean_logits(c)
+        total = self._attention_sum(c)
+        return total / max(1, c.query_rows.shape[0]) if self.importance == "exact_mean" else total
+
+    @staticmethod
+    def _attention_sum(c: Candidates) -> Tensor:
+        """(B, S): attention averaged over all query heads, summed over queries."""
+        found = fast("attention", c)
+        if found is not None:
+            return found.mean(dim=(1, 2))
         total = torch.zeros(c.shape[0], c.n, dtype=real(c.tokens.keys), device=c.tokens.keys.device)
         for attention, _ in c.attention_blocks():
             total += attention.sum(dim=3).mean(dim=(1, 2))
-        return total / max(1, c.query_rows.shape[0]) if self.importance == "exact_mean" else total
+        return total
 
     def _attention_of_mean_logits(self, c: Candidates) -> Tensor:
         """(B, S): softmax over candidates of logits averaged over all query heads, summed over queries."""

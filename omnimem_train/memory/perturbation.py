@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from omnimem_train.memory.fast import fast
 from omnimem_train.memory.numeric import products, real
 from omnimem_train.memory.options import one_of, within
 from omnimem_train.memory.redundancy import EvidenceSelector
@@ -42,6 +43,7 @@ class Perturbation(EvidenceSelector):
     name: ClassVar[str] = "perturbation"
     source: ClassVar[str] = "ours: exact leave-one-out; CriticalKV (arXiv 2502.03805) bounds the same quantity"
     cost: ClassVar[str] = "attention of 64 queries and their distances to all values; cosines of all pairs of keys"
+    can_be_negative: ClassVar[bool] = False
 
     redundancy: str = "later_key"
     n_probes: int = 64
@@ -55,8 +57,9 @@ class Perturbation(EvidenceSelector):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The output projection."""
-        return frozenset({"output_weight"})
+        """The output projection, of which the Gram matrices are enough where heads count by themselves."""
+        alone = self.group_norm == "mean" and not self.approximate
+        return frozenset({"output_weight", "output_gram"} if alone else {"output_weight"})
 
     def probes(self) -> Probes:
         """`n_probes` spread over the chunk, or all."""
@@ -69,9 +72,12 @@ class Perturbation(EvidenceSelector):
         return Scored(importance, importance=importance)
 
     def _exact(self, c: Candidates) -> Tensor:
+        change = Change(c)
+        found = fast("change", c, change.own_gram) if self.group_norm == "mean" else None
+        if found is not None:
+            return found
         total = torch.zeros(c.shape, dtype=real(c.tokens.keys), device=c.tokens.keys.device)
         seen = torch.zeros(c.n, dtype=total.dtype, device=total.device)
-        change = Change(c)
         for attention, visible in c.attention_blocks():
             found = change.of_group(attention) if self.group_norm == "sum" else change.of_heads(attention).mean(dim=2)
             total += found.sum(dim=2)
@@ -90,6 +96,12 @@ def output_norm(c: Candidates) -> Tensor:
     return total / c.group
 
 
+def own_gram(weight: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """(E, H * D) output projection -> (G, H/G, D, D): W_h^T W_h of each query head, in float32 or better."""
+    by_head = weight.to(real(weight)).unflatten(1, (kv_heads, heads // kv_heads, -1))
+    return torch.einsum("xghd,xghe->ghde", by_head, by_head)
+
+
 def output_weight(c: Candidates) -> Tensor:
     """(E, H, D): the output projection, head by head."""
     if c.output_weight is None:
@@ -104,8 +116,18 @@ class Change:
     """
 
     def __init__(self, c: Candidates) -> None:
-        self.values = c.tokens.values.to(real(c.tokens.values))  # (B, G, S, D)
-        self.weight = output_weight(c).to(self.values.dtype).unflatten(1, (-1, c.group))  # W, (E, G, N, D)
+        self.candidates = c
+
+    @cached_property
+    def values(self) -> Tensor:
+        """(B, G, S, D)."""
+        return self.candidates.tokens.values.to(real(self.candidates.tokens.values))
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """(E, G, N, D): W."""
+        c = self.candidates
+        return output_weight(c).to(real(c.tokens.values)).unflatten(1, (-1, c.group))
 
     @cached_property
     def gram(self) -> Tensor:
@@ -121,7 +143,8 @@ class Change:
     @cached_property
     def own_gram(self) -> Tensor:
         """(G, N, D, D): W_h^T W_h."""
-        return torch.einsum("xghd,xghe->ghde", self.weight, self.weight)
+        given = self.candidates.output_gram
+        return torch.einsum("xghd,xghe->ghde", self.weight, self.weight) if given is None else given
 
     def of_heads(self, attention: Tensor) -> Tensor:
         """(B, G, N, p, S) attention -> (B, G, N, p, S): the norm for each query head by itself."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from omnimem_train.memory.fast import fast
 from omnimem_train.memory.numeric import products, real
 from omnimem_train.memory.options import one_of
 from omnimem_train.memory.selector import Candidates, Scored, Selector
@@ -37,6 +39,9 @@ def later_key(keys: Tensor, modality: Tensor, block: int | None = None) -> Tenso
     Returns:
         (B, G, S) in [0, 1], float32 or better.
     """
+    found = fast("later_key", keys, modality) if block is None else None
+    if found is not None:
+        return found
     b, g, s, _ = keys.shape
     length = keys.to(real(keys)).norm(dim=-1).clamp(min=1e-12)
     rho = torch.zeros_like(length)
@@ -112,6 +117,9 @@ class ScoringSelector(Selector):
             negative is first moved up until its lowest media score is 0. Tokens a rule protects stay protected.
     """
 
+    can_be_negative: ClassVar[bool] = True
+    """False for a rule whose scores never are, so that nothing has to be moved up."""
+
     redundancy: str = "none"
 
     def __post_init__(self) -> None:
@@ -132,7 +140,8 @@ class ScoringSelector(Selector):
         if self.redundancy == "later_key":
             rho = later_key(c.tokens.keys, c.tokens.modality)
             redundancy = rho if redundancy is None else redundancy
-            score = above_zero(score, c.is_text) * (1 - rho)
+            score = above_zero(score, c.is_text) if self.can_be_negative else score
+            score = score * (1 - rho)
         protected = self.protected(c)
         if protected is not None:
             score = ceiling(score, protected)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from omnimem_train.memory.fast import fast
 from omnimem_train.memory.numeric import best, products, real
 from omnimem_train.memory.options import build, values
 from omnimem_train.memory.positions import Rotary
@@ -61,7 +62,9 @@ class Candidates:
         queries: (B, H, P, D) rotated probe queries of the chunk.
         query_rows: (P,) int64, ascending, the candidate row of each probe; a probe sees rows 0 to its own.
         scaling: factor on query . key before the softmax, usually D ** -0.5.
-        output_weight: (E, H * D) effective output projection, or None when the selector does not need it.
+        output_weight: (E, H * D) effective output projection W, or None when the selector does not need it.
+        output_gram: (G, H/G, D, D) W_h^T W_h of each query head, or None. It changes with the weights alone, so a
+            stream makes it once (`omnimem_train.memory.perturbation.own_gram`); without it a selector makes it from W.
         rotary: how the model rotates keys, or None when the selector does not need it.
         layer, n_layers: which layer this is.
         seed: for selectors that draw at random; differs by chunk and layer, repeats with the run.
@@ -80,6 +83,7 @@ class Candidates:
     seed: int = 0
     rotary: Rotary | None = None
     known_text: int | None = None
+    output_gram: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -141,12 +145,20 @@ class Candidates:
     def mean_attention(self) -> Tensor:
         """(B, G, H/G, S): attention each candidate gets, averaged over the probes that can see it."""
         b, g, s = self.shape
+        found = fast("attention", self)
+        if found is not None:
+            return found / self.probes_that_see().clamp(min=1)
         total = torch.zeros(b, g, self.group, s, dtype=real(self.tokens.keys), device=self.tokens.keys.device)
         seen = torch.zeros(s, dtype=total.dtype, device=total.device)
         for attention, visible in self.attention_blocks():
             total += attention.sum(dim=3)
             seen += visible.sum(dim=0)
         return total / seen.clamp(min=1)
+
+    def probes_that_see(self) -> Tensor:
+        """(S,) number of probes that can see each candidate."""
+        columns = torch.arange(self.n, device=self.query_rows.device)
+        return self.query_rows.shape[0] - torch.searchsorted(self.query_rows, columns)
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,8 @@ class Selector(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of {"hidden", "output_weight", "rotary"}, the inputs it reads beside keys, values and queries."""
+        """Of {"hidden", "output_weight", "output_gram", "rotary"}, the inputs it reads beside keys, values and queries.
+        One that names both "output_weight" and "output_gram" makes do with either."""
         return frozenset()
 
     @property
@@ -251,10 +264,16 @@ def choose(c: Candidates, selector: Selector, allocation: Allocation, budget: in
         scored = None if unread else selector.score(c, keep)
         if everything or scored is None:
             return torch.arange(c.n, device=c.tokens.keys.device).expand(c.shape), scored
+        groups = allocation.counts(c, scored, keep)
+        n = c.n_text + keep if allocation.spends_all else None
+        if n is not None and type(selector).pick is Selector.pick:
+            rows = fast("keep", scored.score, c.tokens.modality, groups, n)
+            if rows is not None:
+                return rows, scored
         taken = c.is_text
-        for group, count in allocation.counts(c, scored, keep):
+        for group, count in groups:
             taken = taken | selector.pick(c, scored.score, c.members(group) & ~taken, count)
-        return _rows(taken, c.n_text + keep if allocation.spends_all else None), scored
+        return _rows(taken, n), scored
 
 
 def _rows(taken: Tensor, n: int | None) -> Tensor:

@@ -103,19 +103,18 @@ class LayerMemory:
             hidden=hidden,
         )
 
-    def append(self, new: LayerMemory) -> LayerMemory:
-        """Memory followed by `new`: the candidates of a chunk."""
+    def append(self, new: LayerMemory, joined: tuple[Tensor, Tensor] | None = None) -> LayerMemory:
+        """Memory followed by `new`: the candidates of a chunk. `joined` holds keys and values of both, where attention
+        has put them together already."""
         if (self.hidden is None) != (new.hidden is None):
             raise ValueError("one of the two memories carries layer inputs (hidden) and the other does not")
-        joined = {
-            f.name: torch.cat([getattr(self, f.name), getattr(new, f.name)], dim=2)
-            for f in fields(self)
-            if f.name != "hidden"
-        }
+        both = {} if joined is None else {"keys": joined[0], "values": joined[1]}
+        for name in (f.name for f in fields(self) if f.name != "hidden" and f.name not in both):
+            both[name] = torch.cat([getattr(self, name), getattr(new, name)], dim=2)
         hidden = None
         if self.hidden is not None and new.hidden is not None:
             hidden = torch.cat([self.hidden, new.hidden], dim=1)
-        return LayerMemory(**joined, hidden=hidden)
+        return LayerMemory(**both, hidden=hidden)
 
     def gather(self, rows: Tensor) -> LayerMemory:
         """The tokens in `rows` (B, G, K) int64, per stream and kv head. Differentiable in keys, values, hidden."""

@@ -65,6 +65,7 @@ def attend(
         if tap.memory is not None and tap.memory.n_tokens > 0:
             key = torch.cat([tap.memory.keys, key], dim=2)
             value = torch.cat([tap.memory.values, value], dim=2)
+        tap.joined = key, value
         if tap.mask is not None:
             n_memory = key.shape[2] - query.shape[2]
             mask = torch.nn.functional.pad(tap.mask, (n_memory, 0), value=True)

@@ -140,6 +140,7 @@ class Tap:
         memory: what the layer remembers, or None for nothing; every new token sees all of it.
         mask: (N, N) bool, which new tokens see which; None for causal.
         queries, keys, values: set by the attention call: (B, H, n, D), (B, G, n, D), (B, G, n, D), rotated.
+        joined: keys and values of memory and new tokens, (B, G, S, D) each, if the attention call puts them together.
     """
 
     memory: LayerMemory | None = None
@@ -147,6 +148,7 @@ class Tap:
     queries: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    joined: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)

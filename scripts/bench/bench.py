@@ -1,0 +1,81 @@
+"""Speed and memory of streaming on one device: bench.py [--cases a,b] [--budget-s 240] [--out FOLDER] [--tiny]
+
+Runs the package's own code on the shape of a real model with random weights and random data. Timings are warm and
+synchronised; a value is the median of several runs with the smallest and largest beside it. Results are written after
+each case, so a run that is cut off keeps what it has measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cases import LORA_CASES, STREAM_CASES, Bench, with_tokens
+from measure import Clock, Results, versions
+from pieces import PIECE_CASES
+from selection import SELECTION_CASES
+from shape import SHAPES
+
+HERE = Path(__file__).resolve().parent
+# Adapters stay on the model once they are on it, so the cases that need them come last.
+CASES: dict[str, Callable[[Bench], None]] = STREAM_CASES | PIECE_CASES | SELECTION_CASES | LORA_CASES
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--cases", default="all", help=f"comma-separated, of: {', '.join(CASES)}; or all")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="seconds after which no case is begun")
+    parser.add_argument("--case-s", type=float, default=float("inf"), help="seconds one case plans to use at most")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json and the profiles")
+    parser.add_argument("--shape", default="qwen2.5-omni-7b", choices=list(SHAPES))
+    parser.add_argument("--tiny", action="store_true", help="a small shape in seconds, for a look at the bench itself")
+    parser.add_argument("--tokens", type=int, default=0, help="length of the stream, if not the shape's")
+    parser.add_argument("--reps", type=int, default=3, help="timed runs of a case")
+    parser.add_argument("--suffix", default="", help="put behind the names of results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def chosen(names: str) -> list[str]:
+    """Names of the cases to run, in the order of `CASES`."""
+    wanted = list(CASES) if names == "all" else [n.strip() for n in names.split(",") if n.strip()]
+    unknown = sorted(set(wanted) - set(CASES))
+    if unknown:
+        raise SystemExit(f"unknown cases: {', '.join(unknown)}; known: {', '.join(CASES)}")
+    return [name for name in CASES if name in wanted]
+
+
+def main() -> None:
+    """Run the cases one after the other; one that fails is noted and the rest go on."""
+    args, start = arguments(), time.perf_counter()
+    names, end = chosen(args.cases), start + args.budget_s
+    device = torch.device(args.device)
+    shape = SHAPES["tiny" if args.tiny else args.shape]
+    if args.tokens:
+        shape = with_tokens(shape, args.tokens)
+    results = Results(args.out / "results.json", versions(device))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bench = Bench(shape, device, dtype, results, Clock(device), args.reps, args.suffix)
+    for name in names:
+        now = time.perf_counter()
+        if now > end:
+            print(f"no time left for {name}")
+            continue
+        bench.clock.deadline = min(end, now + args.case_s)
+        print(f"-- {name}, {now - start:.0f} s", flush=True)
+        try:
+            CASES[name](bench)
+        except Exception as error:  # the other cases are still worth having
+            traceback.print_exc()
+            results.add(name + bench.suffix, None, "failed", note=f"{type(error).__name__}: {str(error)[:200]}")
+        bench.clock.clean()
+    print(f"\n{results.table()}\n{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Timing, and the file of results."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "peft"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    found["cuda"] = str(torch.version.cuda)
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return found
+
+
+@dataclass
+class Results:
+    """Measurements, written to `path` as they come: what a run that is cut off has measured is kept.
+
+    A result of an earlier run with the same name is replaced, others stay.
+    """
+
+    path: Path
+    versions: dict[str, str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.path.is_file():
+            self.rows = json.loads(self.path.read_text())
+
+    def add(
+        self,
+        name: str,
+        value: float | None,
+        unit: str,
+        *,
+        goal: float | None = None,
+        better: str = "lower",
+        spread: tuple[float, float] | None = None,
+        note: str = "",
+    ) -> None:
+        """Record one number.
+
+        Args:
+            value: None if it could not be measured; `note` then says why.
+            goal: what is aimed at, None for no goal.
+            better: "lower" or "higher".
+            spread: smallest and largest of the samples that `value` is the median of.
+        """
+        row = {
+            "name": name,
+            "value": value,
+            "unit": unit,
+            "goal": goal,
+            "better": better,
+            "spread": None if spread is None else list(spread),
+            "versions": self.versions,
+            "note": note,
+        }
+        self.rows = [r for r in self.rows if r["name"] != name] + [row]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        print(line(row), flush=True)
+
+    def value(self, name: str) -> float | None:
+        """An earlier result, None if there is none."""
+        return next((r["value"] for r in self.rows if r["name"] == name), None)
+
+    def table(self) -> str:
+        """All results, a line each."""
+        return "\n".join(line(row) for row in self.rows)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A result in one line."""
+    value = "-" if row["value"] is None else f"{row['value']:.4g}"
+    goal = "" if row["goal"] is None else f"goal {row['goal']:g}"
+    spread = "" if row["spread"] is None else "[{:.4g}, {:.4g}]".format(*row["spread"])
+    return f"{row['name']:<44} {value:>10} {row['unit']:<10} {goal:<10} {spread} {row['note']}".rstrip()
+
+
+@dataclass
+class Clock:
+    """Measures on one device, until a time is up."""
+
+    device: torch.device
+    deadline: float = float("inf")
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.perf_counter()
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def once(self, run: Callable[[], object]) -> float:
+        """Seconds `run` takes, from an idle device to an idle device."""
+        self.synchronise()
+        start = time.perf_counter()
+        run()
+        self.synchronise()
+        return time.perf_counter() - start
+
+    def samples(self, run: Callable[[], object], reps: int, expected_s: float = 0.0) -> list[float]:
+        """Up to `reps` timings, one at least; no more are begun when the next would pass the deadline."""
+        found: list[float] = []
+        while len(found) < reps and (not found or self.left_s > max(expected_s, found[-1])):
+            found.append(self.once(run))
+        return found
+
+    def peak_gib(self, run: Callable[[], object]) -> float:
+        """Peak of allocated device memory while `run` runs; 0 without a GPU."""
+        self.clean()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        self.synchronise()
+        return torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else 0.0
+
+    def clean(self) -> None:
+        """Give back what is not held."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def median_and_spread(samples: list[float]) -> tuple[float, tuple[float, float]]:
+    """Median, and smallest and largest."""
+    return statistics.median(samples), (min(samples), max(samples))

@@ -1,0 +1,148 @@
+"""The models that are measured: the real shape of a language model with random weights, made on the device itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnimem_train.memory import AUDIO, TEXT, VISUAL
+from omnimem_train.models.interface import StreamingModel, TokenBlock
+from omnimem_train.models.preprocess import Settings
+from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
+from omnimem_train.models.tiny import Size, thinker_config, tiny_tokenizer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is run.
+
+    Attributes:
+        size: widths and depths of the language model; its towers are small, they are not run.
+        vocabulary: rows of the output matrix.
+        tokens: of the stream; a multiple of `chunk`.
+        chunk, budget: of the memory.
+        text: tokens of the prompt in front.
+        rank: of the LoRA adapters on q, k, v, o.
+    """
+
+    size: Size
+    vocabulary: int
+    tokens: int
+    chunk: int
+    budget: int
+    text: int = 32
+    rank: int = 64
+
+    @property
+    def candidates(self) -> int:
+        """Tokens a selector chooses from once the memory is full."""
+        return self.budget + self.chunk
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of one decoder layer."""
+        s = self.size
+        kv = s.hidden * s.kv_heads // s.heads
+        return 2 * s.hidden * (s.hidden + kv) + 3 * s.hidden * s.mlp
+
+    def forward_flops(self) -> tuple[float, float]:
+        """Floating-point operations of one streaming pass over `tokens`: of the matrices, and of attention."""
+        s, memory, attention = self.size, 0, 0.0
+        for _ in range(self.tokens // self.chunk):
+            attention += 4 * s.hidden * self.chunk * (memory + self.chunk / 2)
+            memory = min(memory + self.chunk, self.budget)
+        return 2.0 * self.layer_weights * s.layers * self.tokens, attention * s.layers
+
+    def step_flops(self) -> float:
+        """Of a LoRA step with everything recomputed once: three forwards, and 2.5 for the backward of attention."""
+        weights, attention = self.forward_flops()
+        return 3 * weights + 4.5 * attention
+
+
+SHAPES = {
+    "qwen2.5-omni-7b": Shape(
+        Size(28, 3584, 28, 4, 18944, (16, 24, 24), 64, 2, 2, max_pixels=56 * 56), 152064, 131072, 2048, 6144
+    ),
+    "tiny": Shape(Size(3, 64, 4, 2, 128, (2, 3, 3), 32, 2, 2, max_pixels=56 * 56), 512, 512, 64, 96, 8, 4),
+}
+
+
+def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> StreamingModel:
+    """A stock thinker of `shape` with random weights, frozen, behind the package's own interface."""
+    tokenizer = tiny_tokenizer()
+    config = thinker_config(shape.size, tokenizer)
+    config.text_config.vocab_size = shape.vocabulary
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            module = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    module.to(device).eval().requires_grad_(False)
+    fill(module)
+    model = Qwen2_5OmniStreaming(module, tokenizer, Settings())
+    if model.dtype != dtype or model.device.type != device.type:
+        raise RuntimeError(f"the model came out as {model.dtype} on {model.device}")
+    return model
+
+
+@torch.no_grad()
+def fill(module: nn.Module, seed: int = 0) -> None:
+    """Normal numbers scaled by fan-in, in place; queries and keys larger, so that attention is not uniform."""
+    generator: torch.Generator | None = None
+    for name, parameter in module.named_parameters():
+        if generator is None:
+            generator = torch.Generator(parameter.device).manual_seed(seed)
+        if "embed_tokens" in name:
+            parameter.normal_(generator=generator)
+        elif parameter.ndim > 1:
+            sharp = ".q_proj." in name or ".k_proj." in name
+            std = (1.5 if sharp else 1.0) / math.sqrt(parameter[0].numel())
+            parameter.normal_(0, std, generator=generator)
+        else:
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+
+
+def stream_block(shape: Shape, model: StreamingModel, tokens: int, seed: int = 1) -> TokenBlock:
+    """A prompt, then moments of a second: 25 tokens of sound after 112 of a picture (about the 4.5 to 1 that
+    Qwen2.5-Omni makes of them), with random embeddings."""
+    device = model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    place = torch.arange(tokens, device=device)
+    second, inside = torch.div(place, 137, rounding_mode="floor"), place % 137
+    modality = torch.where(inside < 112, VISUAL, AUDIO)
+    modality = torch.where(place < shape.text, TEXT, modality)
+    flat = modality != VISUAL
+    time = 25 * second + torch.where(flat, (inside - 112).clamp(min=0), 0)
+    row = torch.where(flat, time, torch.div(inside, 14, rounding_mode="floor"))
+    column = torch.where(flat, time, inside % 14)
+    return TokenBlock(
+        embeds=torch.randn(1, tokens, model.hidden_size, generator=generator, device=device, dtype=model.dtype),
+        positions=torch.stack([time, row, column], -1)[None],
+        modality=modality.to(torch.int8)[None],
+        time_s=second.float()[None],
+    )
+
+
+def text_block(model: StreamingModel, tokens: int, position: int, seed: int = 2) -> TokenBlock:
+    """A question of `tokens` random tokens that starts at temporal position `position`."""
+    device = model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    place = position + torch.arange(tokens, device=device)
+    return TokenBlock(
+        embeds=torch.randn(1, tokens, model.hidden_size, generator=generator, device=device, dtype=model.dtype),
+        positions=place[None, :, None].expand(1, tokens, 3),
+        modality=torch.full((1, tokens), TEXT, dtype=torch.int8, device=device),
+        time_s=torch.zeros(1, tokens, device=device),
+    )
+
+
+def end_of(block: TokenBlock) -> int:
+    """The first temporal position after `block`."""
+    positions: Tensor = block.positions
+    return int(positions.amax()) + 1

@@ -1,0 +1,50 @@
+"""The bench runs on the CPU at a small shape, writes as it goes, and survives a case that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "scripts" / "bench" / "bench.py"
+KEYS = {"name", "value", "unit", "goal", "better", "spread", "versions", "note"}
+
+
+def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH), "--tiny", "--device", "cpu", "--reps", "1", "--out", str(out), *options]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+@pytest.mark.slow
+def test_every_case_runs(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert all(set(row) == KEYS for row in rows)
+    assert not [row for row in rows if row["unit"] == "failed"]
+    assert all(row["value"] > 0 for row in rows if not row["name"].startswith("share."))
+    names = {row["name"] for row in rows}
+    assert len(names) == len(rows)
+    assert {"peak.bf16_matmul", "prefill.perturbation", "prefill.full", "ask.first_token", "lora.all"} <= names
+    assert {"share.perturbation", "utilisation.lora.all", "gain.lora.all", "select.perturbation"} <= names
+    assert "self_cpu" in (tmp_path / "profile_perturbation.txt").read_text().lower().replace(" ", "_")
+
+
+@pytest.mark.slow
+def test_a_run_adds_to_what_was_measured(tmp_path: Path) -> None:
+    """One case at a time; a second run replaces results of the same name alone; without time, nothing is begun."""
+    assert run(tmp_path, "--cases", "peak").returncode == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in first] == ["peak.bf16_matmul"]
+    done = run(tmp_path, "--cases", "peak,prefill_sliding_window", "--suffix", ".again", "--case-s", "0")
+    assert done.returncode == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "results.json").read_text())}
+    assert rows["prefill.sliding_window.again"]["note"].startswith("extrapolated")
+    assert "no time left for peak" in run(tmp_path, "--budget-s", "0").stdout
+    assert "unknown cases: pek" in run(tmp_path, "--cases", "pek").stderr
