@@ -249,7 +249,7 @@ def full_loss(model: StreamingModel, stream: EncodedStream) -> Tensor:
 
     for layer in range(model.n_layers):
         hidden = checkpoint(run, layer, hidden, use_reentrant=False)
-    rows = question.read + stream.n_tokens
+    rows = question.read[:, 1] + stream.n_tokens
     return answer_loss(model.logits(hidden[0, rows]), question.targets)
 
 
