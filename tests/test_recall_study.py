@@ -1,0 +1,185 @@
+"""The recall study: turns and letters, methods and their tuning, one measurement from end to end, fine-tuning input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `scripts` is run from the repository's root
+
+from data_prep.questions import QuestionMaker
+from data_prep.streams import WorldStreams
+from data_prep.world import WorldSettings, make_clip
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
+from omnimem_train.step import answer_logits
+from omnimem_train.streaming import Stream
+from scripts.recall.finetune import ARMS, WorldSource, WorldTurns, configure
+from scripts.recall.jobs import Answers, Context, SetSpec, merge
+from scripts.recall.load import load
+from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, original_forms, other_forms
+from scripts.recall.pretrain import LEVELS, new_model, one_pass, save_model
+from scripts.recall.study import Chosen, sets, study_jobs
+from scripts.recall.turns import FORMS, TRACKED, Batch, TurnBatches, choices, rendered
+
+WORLD = WorldSettings(seconds=12.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2_5OmniStreaming:
+    return new_model(0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, model: Qwen2_5OmniStreaming) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_model(model, folder)
+    return folder
+
+
+def test_choices_read_the_right_letters(model: Qwen2_5OmniStreaming) -> None:
+    maker = QuestionMaker(0, 2)
+    asked = [maker.ask(make_clip(WORLD, 0, "test", i), 5) for i in range(3)]
+    for slot, turn in enumerate(choices(model, asked, "lvomnibench")):
+        spoken = [model.tokenizer.decode([t]) for t in turn.targets.tolist()]
+        assert spoken == [q[slot].answer for q in asked if slot < len(q)]
+        assert [s for s, _ in turn.read.tolist()] == [i for i, q in enumerate(asked) if slot < len(q)]
+        for stream, place in turn.read.tolist():  # the letter stands right after what is read
+            assert model.tokenizer.decode([int(turn.ids[stream, place + 1])]) == asked[stream][slot].answer
+
+
+def test_every_form_of_a_question_holds_its_answer(model: Qwen2_5OmniStreaming) -> None:
+    q = QuestionMaker(0, 0).ask(make_clip(WORLD, 0, "train", 0))[0]
+    right = q.options["ABCD".index(q.answer)]
+    said = {
+        form: model.tokenizer.decode([i for i in rendered(model, q, form).labels.tolist() if i != -100])
+        for form in FORMS
+    }
+    end = "<|im_end|>"
+    letter = q.answer + end
+    assert said == {"manifest": letter, "lvomnibench": letter, "lookup": letter, "direct": right + end,
+                    "reason": f"{right}\n{letter}"}  # fmt: skip
+
+
+def test_batches_say_which_target_is_the_letter(model: Qwen2_5OmniStreaming) -> None:
+    import multiprocessing
+
+    specs = [make_clip(WorldSettings(), 0, "train", i) for i in range(4)]
+    level = multiprocessing.Value("i", 1)
+    stream = iter(TurnBatches(model, specs, [(6, 3, 4), (12, 3, 6)], level))
+    for _ in range(4):
+        batch = Batch.unpack(next(stream))
+        assert batch.turns[-1].name == "narration"
+        assert all(start % 6 == 0 and start + batch.seconds <= 60 for start in batch.starts)
+        for slot, place, tells in batch.letters.tolist():
+            if TRACKED[tells] != "direct":
+                assert model.tokenizer.decode([int(batch.turns[slot].targets[place])]) in "ABCD"
+
+
+def test_one_pass_equals_the_stream_loop(model: Qwen2_5OmniStreaming) -> None:
+    specs = [make_clip(WORLD, 0, "train", i) for i in range(2)]
+    streams = WorldStreams(model, 112)
+    maker = QuestionMaker(0, 0)
+    encoded = streams.stream(streams.encode(specs), 12.0, choices(model, [maker.ask(s, 3) for s in specs], "manifest"))
+    with torch.no_grad():
+        found = torch.cat(one_pass(model, encoded)).float()
+        wanted = torch.cat(answer_logits(Stream(model, MemorySpec(selector="full", budget=None)), encoded)[0]).float()
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.1)  # bfloat16
+    assert found.std() > 0.3
+
+
+def test_every_rule_is_tuned_with_at_most_four_options_and_equal_forms() -> None:
+    for rule, options in OPTIONS.items():
+        assert 1 <= len(options) <= 4
+        for form in original_forms(rule):
+            spec = form.spec(49)
+            assert spec.allocation == "shared"
+            assert spec.selector_options.get("redundancy", "none") == "none"
+    mine = {f.kind.replace("perturbation", "x") for f in other_forms(Form("perturbation"))}
+    theirs = {f.kind.replace("critical_kv", "x") for f in other_forms(Form("critical_kv"))}
+    assert theirs == {"x + rho", "x + split", "x + rho + split"}
+    assert theirs < mine
+    assert Form("critical_kv", rho=True).family == "augmented" and Form("perturbation", rho=True).family == "omnimem"
+
+
+def test_tuning_takes_the_best_of_each_kind() -> None:
+    scores = {Form("snapkv"): 0.5, Form("snapkv", (("window_size", 16),)): 0.6, Form("critical_kv", rho=True): 0.9,
+              Form("omnimem"): 0.4, Form("perturbation", rho=True, allocation=0.3): 0.7,
+              Form("perturbation", rho=True, allocation=0.5): 0.7}  # fmt: skip
+    best = choose(scores)
+    assert best["snapkv"].options == (("window_size", 16),)
+    assert best["perturbation + rho + split"].allocation == 0.3
+    assert best_of(scores, "rival").rule == "snapkv"
+    assert best_of(scores, "augmented").rule == "critical_kv"
+
+
+def test_all_jobs_of_the_study_have_names_of_their_own() -> None:
+    form = Form("perturbation", rho=True, allocation=0.5)
+    chosen = Chosen({form.kind: form, "snapkv": Form("snapkv")}, form, Form("snapkv"), Form("snapkv", rho=True))
+    jobs = study_jobs(2, chosen, 3)
+    assert len({repr(job) for job in jobs}) == len(jobs)
+    answers = [job for job in jobs if isinstance(job, Answers)]
+    places = {(job.study, job.model, job.part) for job in answers}
+    assert len(places) == len(answers)
+    assert {job.clip_set for job in answers} <= set(sets())
+
+
+def test_a_measurement_from_end_to_end(tmp_path: Path, base: Path) -> None:
+    """Two parts of one file: measured, merged, and read as the page reads them."""
+    context = Context(tmp_path, tmp_path / "results", [base], {"test": SetSpec("test", 2, 4, WORLD)}, 1, "me", "cpu")
+    forms = [Form("perturbation", rho=True), Form("snapkv", allocation=0.5)]
+    scores = [
+        Answers("main", 0, "test", ((form, 24),), full=i == 0, part=i).run(context) for i, form in enumerate(forms)
+    ]
+    assert merge(context.work, context.results) == 1
+    data = load(context.results)
+    found = {c.method: c for c in data.conditions("main")}
+    assert set(found) == {"full cache", "perturbation + rho", "snapkv + split"}
+    for form, score in zip(forms, scores, strict=True):
+        assert found[form.kind].right.mean() == pytest.approx(score[form, 24])
+    assert found["snapkv + split"].text_tokens == pytest.approx(
+        data.study("main")[0].full_tokens - WorldStreams(context.model(0), 112).tokens(12), abs=1e-6
+    )
+
+
+def test_batches_to_fine_tune_on_depend_on_their_number_alone(model: Qwen2_5OmniStreaming) -> None:
+    specs = [make_clip(WORLD, 1, "train", i) for i in range(4)]
+    media = WorldStreams(model, 112).encode(specs)
+    turns = WorldTurns(model, specs, seed=3, size=2, asks=3, narrate=True)
+    clips, packed = pickle.loads(turns[5])
+    assert len(set(clips.tolist())) == 2
+    assert packed[-1].name == "narration"
+    for number, same in ((5, True), (6, False)):
+        other, other_packed = pickle.loads(turns[number])
+        equal = torch.equal(clips, other) and torch.equal(packed[0].ids, other_packed[0].ids)
+        assert equal == same
+
+    def source() -> WorldSource:
+        return WorldSource(model, specs, media, seed=3, size=2, asks=3, workers=0)
+
+    whole = source().streams(0)
+    third = [next(whole) for _ in range(3)][2]
+    late = source()
+    again = next(late.streams(2))
+    assert late.position == 3
+    assert torch.equal(third.blocks[1].embeds, again.blocks[1].embeds)
+    assert [q.targets.tolist() for q in third.questions] == [q.targets.tolist() for q in again.questions]
+
+
+def test_arms_differ_in_the_loop_alone(base: Path) -> None:
+    best = Form("perturbation", rho=True, allocation=0.5)
+    runs = {arm: configure(arm, base, Path("out"), best, 7, 1) for arm in ARMS}
+    same = {json.dumps([str(r.train), str(r.lora), str(r.model)]) for r in runs.values()}
+    assert len(same) == 1
+    assert runs["full_lora"].budgets.smallest is None
+    assert runs["fixed_lora"].budgets.choices == (BUDGETS[-2],)
+    assert runs["critical_kv_lora"].memory.selector == "critical_kv"
+    assert runs["budget_lora"].memory == best.spec(BUDGETS[-2])
+    assert replace(runs["budget_lora"].budgets, seed=0) == replace(runs["critical_kv_lora"].budgets, seed=0)
+    assert LEVELS[-1][0] == 60
