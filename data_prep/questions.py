@@ -25,6 +25,7 @@ from functools import partial
 from data_prep.world import HELD_OUT, OPEN_PARTNERS, PATTERNS, SHAPES, ClipSpec, Sight, Sound, is_held_out
 
 NARRATE = "Name everything that was seen and heard, in order."
+LIST = "List the facts about everything that was seen and heard."
 KINDS = ("colour", "pitch", "together", "order", "count", "when")
 LETTERS = "ABCD"
 TIMES = ("once", "twice", "three times", "four times")
@@ -268,3 +269,19 @@ def narration(spec: ClipSpec) -> str:
     for sight in spec.sights:
         slots.setdefault(sight.slot, []).insert(0, f"{sight.colour} {sight.shape}")
     return "; ".join(" and ".join(slots[slot]) for slot in sorted(slots))
+
+
+def facts(spec: ClipSpec, rng: random.Random) -> list[tuple[str, str]]:
+    """(name, facts) of every thing, in random order: colour or pitch, what came with it the first time, how often
+    it came, and in which quarter of the clip first, for example ("circle", "red with beeps twice second")."""
+    clip = _Clip(spec)
+    rows = []
+    for own, other in ((clip.seen, clip.pattern_in), (clip.heard, clip.shape_in)):
+        for name, events in own.items():
+            first = events[0]
+            kind = first.colour if isinstance(first, Sight) else first.pitch
+            quarter = QUARTERS[min(3, int(4 * first.start_s / clip.seconds))].split()[1]
+            times = TIMES[len(events) - 1].split()[0] if len(events) <= len(TIMES) else "often"
+            rows.append((name, f"{kind} with {other.get(first.slot, 'nothing')} {times} {quarter}"))
+    rng.shuffle(rows)
+    return rows

@@ -43,15 +43,23 @@ def base(tmp_path_factory: pytest.TempPathFactory, model: Qwen2_5OmniStreaming) 
     return folder
 
 
-def test_choices_read_the_right_letters(model: Qwen2_5OmniStreaming) -> None:
+@pytest.mark.parametrize("form", ["lvomnibench", "direct"])
+def test_choices_are_read_where_options_differ(model: Qwen2_5OmniStreaming, form: str) -> None:
     maker = QuestionMaker(0, 2)
-    asked = [maker.ask(make_clip(WORLD, 0, "test", i), 5) for i in range(3)]
-    for slot, turn in enumerate(choices(model, asked, "lvomnibench")):
-        spoken = [model.tokenizer.decode([t]) for t in turn.targets.tolist()]
-        assert spoken == [q[slot].answer for q in asked if slot < len(q)]
-        assert [s for s, _ in turn.read.tolist()] == [i for i, q in enumerate(asked) if slot < len(q)]
-        for stream, place in turn.read.tolist():  # the letter stands right after what is read
-            assert model.tokenizer.decode([int(turn.ids[stream, place + 1])]) == asked[stream][slot].answer
+    asked = [maker.ask(make_clip(WorldSettings(), 0, "test", i), 9) for i in range(3)]
+    kinds = set()
+    for slot, choice in enumerate(choices(model, asked, form)):
+        there = [(i, q[slot]) for i, q in enumerate(asked) if slot < len(q)]
+        assert choice.turn.read[:, 0].tolist() == [i for i, _ in there]
+        for (stream, q), row, read in zip(there, choice.candidates.tolist(), choice.turn.read.tolist(), strict=True):
+            assert len(set(row)) == 4
+            right = row["ABCD".index(q.answer)]  # the right option's token is what comes next, the others are not
+            assert int(choice.turn.ids[stream, read[1] + 1]) == right
+            words = [model.tokenizer.decode([token]).strip() for token in row]
+            texts = q.options if form == "direct" else "ABCD"
+            assert all(word in text.split() for word, text in zip(words, texts, strict=True))
+            kinds.add(q.kind)
+    assert len(kinds) == 6
 
 
 def test_every_form_of_a_question_holds_its_answer(model: Qwen2_5OmniStreaming) -> None:
@@ -86,9 +94,11 @@ def test_one_pass_equals_the_stream_loop(model: Qwen2_5OmniStreaming) -> None:
     specs = [make_clip(WORLD, 0, "train", i) for i in range(2)]
     streams = WorldStreams(model, 112)
     maker = QuestionMaker(0, 0)
-    encoded = streams.stream(streams.encode(specs), 12.0, choices(model, [maker.ask(s, 3) for s in specs], "manifest"))
+    asked = choices(model, [maker.ask(s, 3) for s in specs], "manifest")
+    turns, media = [choice.turn for choice in asked], streams.encode(specs)
+    encoded = streams.stream(media, 12.0, turns)
     with torch.no_grad():
-        found = torch.cat(one_pass(model, encoded)).float()
+        found = one_pass(model, streams.joined(media, 12.0, turns)).float()
         wanted = torch.cat(answer_logits(Stream(model, MemorySpec(selector="full", budget=None)), encoded)[0]).float()
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.1)  # bfloat16
     assert found.std() > 0.3

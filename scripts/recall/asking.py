@@ -1,4 +1,4 @@
-"""Letter answers of a model to the questions of many clips, under a memory setting."""
+"""What a model chooses in the questions of many clips, under a memory setting."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from data_prep.questions import Question, QuestionMaker
-from data_prep.streams import PackedTurn, WorldStreams
+from data_prep.streams import WorldStreams
 from data_prep.world import SPLITS, ClipSpec
-from omnimem_train.evaluate import letter_tokens
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.step import answer_logits
 from omnimem_train.streaming import Stream
-from scripts.recall.turns import choices
+from scripts.recall.turns import ChoiceTurn, choices
+
+FORM = "direct"  # how the study asks
 
 
 @dataclass(frozen=True)
@@ -54,28 +55,28 @@ class Asker:
     Args:
         streams: of the model that answers.
         clips: what is watched.
-        form: of the prompts (`omnimem_train.benchmarks.PROMPTS`).
+        form: "direct" compares the options' own words, the name of a benchmark's prompt the letters (see `choices`).
         at_once: clips in a batch.
     """
 
-    def __init__(self, streams: WorldStreams, clips: ClipSet, form: str = "manifest", at_once: int = 128) -> None:
+    def __init__(self, streams: WorldStreams, clips: ClipSet, form: str = FORM, at_once: int = 128) -> None:
         self.streams, self.clips = streams, clips
-        self.letters = letter_tokens(streams.model, 4)
-        self.batches: list[tuple[Tensor, list[PackedTurn]]] = []
+        self.batches: list[tuple[Tensor, list[ChoiceTurn]]] = []
         for first in range(0, len(clips.specs), at_once):
             part = slice(first, first + at_once)
             self.batches.append((clips.media[part], choices(streams.model, clips.questions[part], form)))
 
     @torch.no_grad()
     def answers(self, spec: MemorySpec) -> np.ndarray:
-        """(questions,) int8, the letter chosen (0 to 3) of each question, in the order of clips and their questions."""
+        """(questions,) int8, the option chosen (0 to 3) of each question, in the order of clips and their questions."""
         stream = Stream(self.streams.model, spec)
         found = []
         for media, turns in self.batches:
-            logits, _ = answer_logits(stream, self.streams.stream(media, self.clips.seconds, turns))
+            logits, _ = answer_logits(stream, self.streams.stream(media, self.clips.seconds, [t.turn for t in turns]))
             table = torch.full((len(media), len(turns)), -1, dtype=torch.int8, device=media.device)
             for slot, (turn, rows) in enumerate(zip(turns, logits, strict=True)):
-                table[turn.read[:, 0].to(media.device), slot] = rows[:, self.letters].argmax(-1).to(torch.int8)
+                chosen = rows.gather(1, turn.candidates.to(rows.device)).argmax(-1)
+                table[turn.turn.read[:, 0].to(media.device), slot] = chosen.to(torch.int8)
             found.append(table.cpu().numpy())
         return np.concatenate([t[t >= 0] for t in found])
 

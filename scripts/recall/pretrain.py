@@ -20,9 +20,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +30,22 @@ from torch.utils.data import DataLoader
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from data_prep.questions import KINDS
-from data_prep.streams import WorldStreams
+from data_prep.streams import Joined, WorldStreams
 from data_prep.world import ClipSpec, WorldSettings, make_clip
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.models.interface import StreamingModel, Tap, TokenBlock
+from omnimem_train.models.interface import StreamingModel, Tap
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.preprocess import read_settings
 from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.models.tiny import SIZES, fill, preprocessor_config, thinker_config, tiny_tokenizer, write_thinker
 from omnimem_train.rng import versions
-from omnimem_train.step import EncodedStream
 from scripts.recall.asking import Asker, by_kind, clip_set
 from scripts.recall.optimise import MasterWeights, lr_at
-from scripts.recall.towers import train_towers
+from scripts.recall.towers import align, train_towers
 from scripts.recall.turns import TRACKED, VOCABULARY, Batch, TurnBatches, words
 
-LEVELS = ((6, 48, 8), (12, 40, 12), (24, 24, 16), (60, 12, 24))  # seconds of a crop, crops in a batch, questions each
-SHARES = (0.4, 0.62, 0.78)  # of stage 2's time by which level 1, 2, 3 begins at the latest
+LEVELS = ((12, 64, 10), (24, 48, 14), (60, 24, 24))  # seconds of a crop, crops in a batch, questions each
+SHARES = (0.45, 0.7)  # of stage 2's time by which level 1, 2 begins at the latest
 READY = 0.85
 SPEC = MemorySpec(selector="full", budget=None, chunk_tokens=10**6)
 Log = Callable[[dict[str, Any]], None]
@@ -79,34 +77,49 @@ def new_model(seed: int, device: torch.device) -> Qwen2_5OmniStreaming:
     size, tokenizer = SIZES["recall"], tiny_tokenizer(words(), VOCABULARY)
     module = Qwen2_5OmniThinkerForConditionalGeneration(thinker_config(size, tokenizer))
     fill(module, seed)
-    for name, p in module.named_parameters():  # residual branches start small
-        if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers." in name:
-            p.data.mul_((2 * size.layers) ** -0.5)
     module.to(device, torch.bfloat16).eval().requires_grad_(False)
     scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"tiny-omni-{os.getpid()}"
     scratch.mkdir(exist_ok=True)
     (scratch / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(size.max_pixels)))
-    return Qwen2_5OmniStreaming(module, tokenizer, read_settings(str(scratch)))
+    model = Qwen2_5OmniStreaming(module, tokenizer, read_settings(str(scratch)))
+    start_decoder(model, seed)
+    return model
 
 
-def one_pass(model: StreamingModel, encoded: EncodedStream) -> list[Tensor]:
-    """As `answer_logits` with an unlimited memory, in one pass over streams and questions together: half the launches.
+@torch.no_grad()
+def start_decoder(model: Qwen2_5OmniStreaming, seed: int) -> None:
+    """Weights of the decoder as it begins: small, as is customary; words large, and the same with and without a space
+    in front; and in each layer one kv head whose queries equal its keys, so that tokens look for their like."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, p in [*model.parts.text.named_parameters(), ("lm_head", cast(Any, model.module).lm_head.weight)]:
+        if p.ndim == 1:
+            p.fill_(float("norm" in name))
+            continue
+        size = 0.5 if "embed_tokens" in name else 0.02
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            size *= (2 * model.n_layers) ** -0.5
+        p.copy_(size * torch.randn(p.shape, generator=draw))
+    table = cast(Any, model.parts.text).embed_tokens.weight
+    for word in words().split():
+        with_space, alone = (model.tokenizer(w, add_special_tokens=False)["input_ids"] for w in (f" {word}", word))
+        if len(with_space) == len(alone) == 1:
+            table[alone[0]] = table[with_space[0]]
+    width, group = model.head_dim, model.heads // model.kv_heads
+    for layer in cast(Any, model.parts.text).layers:
+        like = torch.randn(width, model.hidden_size, generator=draw) * model.hidden_size**-0.5
+        layer.self_attn.k_proj.weight[:width] = like
+        layer.self_attn.q_proj.weight[: group * width] = like.repeat(group, 1)
 
-    Returns:
-        for each question (m, vocabulary) logits of its supervised tokens.
-    """
-    questions = encoded.questions
-    block = TokenBlock.cat([*encoded.blocks, *(q.block for q in questions)])
-    lengths = [encoded.n_tokens, *(q.block.n for q in questions)]
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(model.device)
+
+def one_pass(model: StreamingModel, joined: Joined) -> Tensor:
+    """(m, vocabulary) logits of the supervised tokens, streams and turns in one pass: turns see the stream and not each
+    other. As `answer_logits` with an unlimited memory."""
+    owner = torch.arange(len(joined.lengths)).repeat_interleave(torch.tensor(joined.lengths)).to(model.device)
     mask = ((owner[:, None] == owner) | (owner == 0)).tril()
-    hidden, rope = block.embeds, model.rope(block.positions)
+    hidden, rope = joined.embeds, model.rope(joined.positions)
     for layer in range(model.n_layers):
         hidden = model.run_layer(layer, hidden, rope, Tap(mask=mask), {})
-    starts = list(accumulate(lengths))
-    places = [(q.read[:, 0], q.read[:, 1] + start) for q, start in zip(questions, starts, strict=False)]
-    streams, rows = (torch.cat(part) for part in zip(*places, strict=True))
-    return list(model.logits(hidden[streams, rows]).split([len(q.read) for q in questions]))
+    return model.logits(hidden[joined.read[:, 0], joined.read[:, 1]])
 
 
 def fuse_norms(module: nn.Module) -> None:
@@ -175,23 +188,25 @@ class Decoder:
                 for c, start in zip(batch.clips.tolist(), batch.starts, strict=True)
             ]
         )
-        encoded = self.streams.stream(media, batch.seconds, batch.turns)
-        logits = one_pass(self.model, encoded)
-        targets = [q.targets for q in encoded.questions]
-        answers = cross_entropy(torch.cat(logits[:-1]).float(), torch.cat(targets[:-1]))
-        story = cross_entropy(logits[-1].float(), targets[-1])
-        (answers + story).backward()
+        joined = self.streams.joined(media, batch.seconds, batch.turns)
+        logits = one_pass(self.model, joined)
+        each = cross_entropy(logits.float(), joined.targets, reduction="none")
+        *_, facts, story = joined.sizes
+        parts = each.split([len(each) - facts - story, facts, story])
+        answers, listed, told = (part.mean() for part in parts)
+        (answers + listed + told).backward()
         norm = self.weights.step(lr_at(self.peak_lr, self.step, done))
         if batch.seconds == LEVELS[self.level.value][0]:
-            self._note(batch, logits, targets)
-        return {"answers": answers.detach(), "narration": story.detach(), "grad_norm": norm}
+            self._note(batch, joined, logits)
+        row = {"answers": answers, "facts": listed, "narration": told, "grad_norm": norm}
+        return {name: x.detach() for name, x in row.items()}
 
     @torch.no_grad()
-    def _note(self, batch: Batch, logits: list[Tensor], targets: list[Tensor]) -> None:
-        starts = torch.tensor([0, *(len(t) for t in targets)]).cumsum(0)
+    def _note(self, batch: Batch, joined: Joined, logits: Tensor) -> None:
+        starts = torch.tensor([0, *joined.sizes]).cumsum(0)
         places = (starts[batch.letters[:, 0]] + batch.letters[:, 1]).to(self.right.device)
         kinds = batch.letters[:, 2].to(self.right.device)
-        hit = (torch.cat(logits)[places].argmax(-1) == torch.cat(targets)[places]).float()
+        hit = (logits[places].argmax(-1) == joined.targets[places]).float()
         self.right.mul_(0.98).index_add_(0, kinds, hit)
         self.seen.mul_(0.98).index_add_(0, kinds, torch.ones_like(hit))
 
@@ -261,8 +276,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = model.parts.text.embed_tokens
     streams = WorldStreams(model, specs[0].settings.size, embed=table)  # type: ignore[arg-type]
     if held is None:
-        n = a.tower_batch
-        train_towers(streams, lambda step: group(specs, step, n), a.towers_s, log, max_steps=a.max_steps)
+        if a.towers is None:
+            n = a.tower_batch
+            train_towers(streams, lambda step: group(specs, step, n), a.towers_s, log, max_steps=a.max_steps)
+        else:
+            other = load_model(str(a.towers), dtype="bfloat16", device=str(device))
+            for own, theirs in ((model.parts.visual, other.parts.visual), (model.parts.audio, other.parts.audio)):
+                own.load_state_dict(theirs.state_dict())
+        fit = [specs[i : i + 16] for i in range(0, min(len(specs), 320), 16)]
+        log({"stage": "aligned"} | {f"explained/{k}": v for k, v in align(streams, fit).items()})
     media = torch.cat([streams.encode(specs[i : i + 32]) for i in range(0, len(specs), 32)])
     log({"stage": "pool", "clips": len(specs), "tokens": media.shape[1], "seconds": time.perf_counter() - begun})
 
@@ -277,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_model(model, a.out / "model")
         torch.save(d.state_dict(), state_path)
 
-    decoder.train(a.minutes * 60 - (0 if a.start or state_path.exists() else a.towers_s), log, save, a.max_steps)
+    decoder.train(a.minutes * 60 - (a.towers_s if held is None and a.towers is None else 0), log, save, a.max_steps)
     save(decoder)
     log({"stage": "trained", "step": decoder.step, "seconds": time.perf_counter() - begun})
     del decoder, media
@@ -305,6 +327,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--val", type=int, default=192, help="unseen clips to measure on at the end")
     parser.add_argument("--workers", type=int, default=7)
     parser.add_argument("--max-steps", type=int, default=10**9, help="of each stage, for a trial")
+    parser.add_argument("--towers", type=Path, help="checkpoint whose towers (as stage 1 left them) are taken over")
     parser.add_argument("--start", type=Path, help="checkpoint whose weights stage 2 begins with")
     parser.add_argument("--level", type=int, default=0, help="of the curriculum at the beginning")
     parser.add_argument("--device", help="cuda or cpu; cuda if there is one")

@@ -101,3 +101,61 @@ def _scale_outputs(streams: WorldStreams, specs: Sequence[ClipSpec]) -> None:
         size = outputs[kind].float().square().mean().sqrt()
         for parameter in (last.weight, last.bias):
             parameter.div_(size)
+
+
+# Alignment with the words -------------------------------------------------------------------------------------------
+
+KEPT_SHARE = 0.5  # of the towers' own output beside what is aligned
+
+
+def words_of(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the labels of a tower's tokens are called: (shapes, colours) or (patterns, pitches)."""
+    return (SHAPES, tuple(COLOURS)) if kind == "visual" else (PATTERNS, tuple(PITCHES))
+
+
+@torch.no_grad()
+def align(streams: WorldStreams, groups: Sequence[Sequence[ClipSpec]], ridge: float = 1e-3) -> dict[str, float]:
+    """Put what a token shows where the decoder has the words for it, as the contrastive training of published towers
+    does: by least squares, the last matrix of each tower is changed so that an event's token becomes the sum of the
+    embeddings of its two words (0 for no event), plus `KEPT_SHARE` of what it was.
+
+    Args:
+        groups: batches of clips to fit on; each batch of one world.
+
+    Returns:
+        share of the variance of the aligned part that the fit explains, for each tower.
+    """
+    model, table = streams.model, streams.model.parts.text.embed_tokens.weight  # type: ignore[union-attr]
+    width, device = model.hidden_size, model.device
+    explained = {}
+    fits = {kind: [torch.zeros(width, width, device=device, dtype=torch.float64) for _ in range(3)] for kind in SIZES}
+    words = {kind: [_word_vectors(model, names) for names in words_of(kind)] for kind in SIZES}
+    for specs in groups:
+        outputs, labels = tower_outputs(streams, specs), label_tensors(specs, device)
+        for kind, (inner, cross, total) in fits.items():
+            x = outputs[kind].double()
+            y = sum(words[kind][i][labels[kind][:, i]] for i in range(2))
+            assert isinstance(y, Tensor)
+            weight = torch.where(labels[kind][:, :1] > 0, 1.0, NOTHING_WEIGHT).double()
+            inner += (x * weight).T @ x
+            cross += (x * weight).T @ y
+            total += (y * weight).T @ y
+    parts: Any = model.parts
+    assert isinstance(table, Tensor)
+    for kind, last in (("visual", parts.visual.merger.mlp[2]), ("audio", parts.audio.proj)):
+        inner, cross, total = fits[kind]
+        inner += ridge * inner.diagonal().mean() * torch.eye(width, device=device, dtype=torch.float64)
+        to_words = torch.linalg.solve(inner, cross)  # output @ to_words is the sum of the words
+        explained[kind] = float((to_words * cross).sum() / total.diagonal().sum())
+        change = (to_words + KEPT_SHARE * torch.eye(width, device=device, dtype=torch.float64)).T
+        last.weight.copy_((change @ last.weight.double()).to(last.weight.dtype))
+        last.bias.copy_((change @ last.bias.double()).to(last.bias.dtype))
+    return explained
+
+
+def _word_vectors(model: Any, names: Sequence[str]) -> Tensor:
+    """(1 + names, E) float64: 0, then the embedding of each word with a space in front."""
+    ids = torch.tensor([model.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names])
+    assert ids.shape[1] == 1, "every word of the world is one token"
+    vectors = model.parts.text.embed_tokens.weight[ids[:, 0].to(model.device)].double()
+    return torch.cat([torch.zeros_like(vectors[:1]), vectors])

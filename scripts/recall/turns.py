@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.sharedctypes
 import pickle
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data_prep.questions import KINDS, NARRATE, Question, QuestionMaker, narration
+from data_prep.questions import KINDS, LIST, NARRATE, Question, QuestionMaker, facts, narration
 from data_prep.streams import PackedTurn, pack
 from data_prep.world import COLOURS, PATTERNS, PITCHES, SHAPES, ClipSpec, crop
 from omnimem_train.benchmarks import PROMPTS, choice_prompt
@@ -24,7 +25,7 @@ from omnimem_train.models.tiny import WORDS
 DIRECT = "{} Answer in a few words."
 LOOKUP = "Which option says {}?"
 REASON = "{} Say it, then its letter."
-FORMS = {"manifest": 0.5, "lvomnibench": 0.15, "direct": 0.1, "lookup": 0.1, "reason": 0.15}  # shares in pre-training
+FORMS = {"manifest": 0.35, "lvomnibench": 0.05, "direct": 0.4, "lookup": 0.05, "reason": 0.15}  # shares in pre-training
 LETTER_FORMS = ("manifest", "lvomnibench")
 TRACKED = (
     *KINDS,
@@ -38,7 +39,7 @@ VOCABULARY = 1600  # entries of the tokenizer before its control tokens
 def words() -> str:
     """What the tokenizer's merges are learned from: every word a question, an option or an answer can hold."""
     fixed = """How many times was the seen heard Which shape sound came first these In which part of video once twice
-    three four quarter second third last and all A B C D What colour pitch when"""
+    three four quarter second third last and all A B C D What colour pitch when with nothing often facts"""
     text = " ".join(
         [WORDS, fixed, *SHAPES, *COLOURS, *PATTERNS, *PITCHES, *PROMPTS.values(), DIRECT, NARRATE, LOOKUP, REASON]
     )
@@ -59,23 +60,58 @@ def rendered(model: StreamingModel, q: Question, form: str) -> RenderedTurn:
     return model.render(Turn(choice_prompt(q.text, q.options, form), q.answer))
 
 
-def choices(model: StreamingModel, clips: Sequence[Sequence[Question]], form: str) -> list[PackedTurn]:
-    """Questions of clips side by side; of each answer only the letter is read."""
-    longest = max(len(questions) for questions in clips)
-    turns = []
-    for place in range(longest):
-        row = [rendered(model, q[place], form) if place < len(q) else None for q in clips]
-        full = pack(row)
-        first = torch.tensor(_firsts(row))
-        turns.append(PackedTurn(full.ids, full.read[first], full.targets[first]))
-    return turns
+def listed(model: StreamingModel, rows: Sequence[tuple[str, str]]) -> RenderedTurn:
+    """All facts of a clip as one answer. Names are given, in an order nobody could know, and not learned: each is a
+    question of its own, so a clip's twenty things give some eighty answers in the tokens of three questions."""
+    turn = model.render(Turn(LIST, "; ".join(f"{name} {about}" for name, about in rows) or "nothing"))
+    separator = model.tokenizer(";", add_special_tokens=False)["input_ids"][0]
+    labels = turn.labels.clone()
+    answer = (labels != -100).nonzero()[:, 0].tolist()
+    labels[answer[0]] = -100 if rows else labels[answer[0]]
+    for place in answer:
+        if int(turn.ids[place]) == separator:
+            labels[place + 1] = -100
+    return RenderedTurn(turn.ids, labels)
 
 
-def _firsts(turns: Sequence[RenderedTurn | None]) -> list[int]:
-    """Of the supervised places that `pack` lists for these turns, the first of each turn."""
-    counts = [0 if t is None else int((t.labels[1:] != -100).sum()) for t in turns]
-    starts = np.cumsum([0, *counts[:-1]])
-    return [int(start) for start, n in zip(starts, counts, strict=True) if n]
+@dataclass(frozen=True)
+class ChoiceTurn:
+    """One question of each clip, and the tokens among which the model chooses.
+
+    Attributes:
+        turn: read once a question.
+        candidates: (m, 4) int64 tokens of options A to D, one of which comes next.
+    """
+
+    turn: PackedTurn
+    candidates: Tensor
+
+
+def choices(model: StreamingModel, clips: Sequence[Sequence[Question]], form: str) -> list[ChoiceTurn]:
+    """Questions of clips side by side.
+
+    With form "direct" a question is asked without its options, and the likelihoods of the options are compared at the
+    first token in which they differ (a cloze test); with the others those of the letters.
+    """
+    return [
+        _choice_turn(model, [q[place] if place < len(q) else None for q in clips], form)
+        for place in range(max(len(questions) for questions in clips))
+    ]
+
+
+def _choice_turn(model: StreamingModel, questions: Sequence[Question | None], form: str) -> ChoiceTurn:
+    full = pack([None if q is None else rendered(model, q, form) for q in questions])
+    starts = {int(stream): place for place, stream in reversed(list(enumerate(full.read[:, 0].tolist())))}
+    read, candidates = [], []
+    for number, q in enumerate(questions):
+        if q is not None:
+            texts = q.options if form == "direct" else tuple("ABCD")
+            ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            same = next(i for i in range(len(ids[0])) if len({option[i] for option in ids}) > 1)
+            read.append(starts[number] + same)
+            candidates.append([option[same] for option in ids])
+    at = torch.tensor(read)
+    return ChoiceTurn(PackedTurn(full.ids, full.read[at], full.targets[at]), torch.tensor(candidates))
 
 
 def _letters(turns: Sequence[RenderedTurn | None]) -> list[int]:
@@ -92,7 +128,7 @@ class Batch:
     Attributes:
         seconds: length of the crops.
         clips: (B,) int64 which clip of the pool. starts: where each crop begins, seconds.
-        turns: question slots, then one of narration.
+        turns: question slots, then one of facts and one of narration.
         letters: (k, 3) int64: for each letter its slot, its place among the slot's targets, what it tells (`TRACKED`).
     """
 
@@ -162,6 +198,8 @@ class TurnBatches(IterableDataset[bytes]):
             turns.append(pack(row))
             told_by = [TRACKED.index(q[slot].kind if form in LETTER_FORMS else form) for q in asked if slot < len(q)]
             letters += [(slot, place, tells) for place, tells in zip(_letters(row), told_by, strict=True)]
+        draw = random.Random(int(rng.integers(2**31)))
+        turns.append(pack([listed(self.model, facts(spec, draw)) for spec in cut], "facts"))
         told = [narration(spec) for spec in cut]
         turns.append(pack([self.model.render(Turn(NARRATE, text or "nothing")) for text in told], "narration"))
         return Batch(
