@@ -44,7 +44,7 @@ from scripts.recall.optimise import MasterWeights, lr_at
 from scripts.recall.towers import align, train_towers
 from scripts.recall.turns import TRACKED, VOCABULARY, Batch, TurnBatches, words
 
-LEVELS = ((12, 64, 10), (24, 48, 14), (60, 24, 24))  # seconds of a crop, crops in a batch, questions each
+LEVELS = ((12, 40, 10), (24, 32, 14), (60, 16, 24))  # seconds of a crop, crops in a batch, questions of each
 SHARES = (0.45, 0.7)  # of stage 2's time by which level 1, 2 begins at the latest
 READY = 0.85
 SPEC = MemorySpec(selector="full", budget=None, chunk_tokens=10**6)
