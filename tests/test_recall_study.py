@@ -20,12 +20,14 @@ from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.step import answer_logits
 from omnimem_train.streaming import Stream
+from scripts.recall.enough import main as enough
 from scripts.recall.finetune import ARMS, WorldSource, WorldTurns, configure
 from scripts.recall.jobs import Answers, Context, SetSpec, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, original_forms, other_forms
 from scripts.recall.pretrain import LEVELS, new_model, one_pass, save_model
 from scripts.recall.study import Chosen, sets, study_jobs
+from scripts.recall.towers import align, label_tensors, tower_outputs, words_of
 from scripts.recall.turns import FORMS, TRACKED, Batch, TurnBatches, choices, rendered
 
 WORLD = WorldSettings(seconds=12.0)
@@ -193,3 +195,33 @@ def test_arms_differ_in_the_loop_alone(base: Path) -> None:
     assert runs["budget_lora"].memory == best.spec(BUDGETS[-2])
     assert replace(runs["budget_lora"].budgets, seed=0) == replace(runs["critical_kv_lora"].budgets, seed=0)
     assert LEVELS[-1][0] == 60
+
+
+def test_aligned_towers_say_what_they_show_in_words(model: Qwen2_5OmniStreaming) -> None:
+    """An event's token points to its own words more than to others; the rest of the output stays in it."""
+    streams = WorldStreams(model, 112)
+    specs = [make_clip(WORLD, 0, "train", i) for i in range(8)]
+    before = tower_outputs(streams, specs)["audio"].float()
+    explained = align(streams, [specs[:4], specs[4:]])
+    assert all(0.2 < share <= 1 for share in explained.values())
+    after, labels = tower_outputs(streams, specs), label_tensors(specs, model.device)
+    for kind in ("visual", "audio"):
+        words = [model.tokenizer(f" {name}")["input_ids"][0] for name in words_of(kind)[0]]
+        event = labels[kind][:, 0] > 0
+        scores = after[kind][event].float() @ model.embed(torch.tensor(words)).float().T
+        own = scores.gather(1, labels[kind][event][:, :1] - 1)
+        assert float((own >= scores.mean(1, keepdim=True)).float().mean()) > 0.9
+    kept = torch.nn.functional.cosine_similarity(before, after["audio"].float(), dim=-1)
+    assert float(kept.mean()) > 0.3
+
+
+def test_enough_reads_the_last_validation(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    rows = [
+        {"stage": "val", "colour": 0.2, "pitch": 0.2},
+        {"stage": "val", "colour": 0.9, "pitch": 0.8},
+        {"stage": "x"},
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert enough(str(log), "0.8", "colour", "pitch") == 0
+    assert enough(str(log), "0.85", "colour", "pitch") == 1
