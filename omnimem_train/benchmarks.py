@@ -22,6 +22,9 @@ LETTERS = "ABCDEFGHIJ"
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".mov", ".avi")
 _LETTERED = re.compile(r"^\s*\(?([A-J])[.):]\s*")
 
+CLOZE = "{question} Answer in a few words."
+"""How a question is put without its options, to compare how likely each of them is as the answer."""
+
 # {options} are one a line. Sources: our own; the official Video-MME prompt (lmms-eval's says "and the subtitles" even
 # without them); lmms-eval for LVBench, whose questions carry their options; the LVOmniBench repository.
 PROMPTS = {

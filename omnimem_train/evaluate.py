@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnimem_train.benchmarks import CLOZE
 from omnimem_train.errors import UserError
+from omnimem_train.losses import supervised
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, TokenBlock, Turn
 from omnimem_train.streaming import Stream, StreamState
 
 LETTERS = "ABCDEFGHIJ"
+METHODS = ("letters", "generate", "options")
 # What fails an item instead of the run. Anything else is a defect of this package and stops it.
 FAILURES = (UserError, torch.OutOfMemoryError)
 
@@ -58,6 +61,7 @@ class ChoiceQuestion:
         answer: the right letter.
         time_s: asked after this many seconds (None: at the end).
         meta: category and the like, copied into the results.
+        stem, options: the question and its options by themselves; needed by the method "options".
     """
 
     id: str
@@ -66,6 +70,8 @@ class ChoiceQuestion:
     answer: str
     time_s: float | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    stem: str = ""
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 2 <= self.n_options <= len(LETTERS):
@@ -138,7 +144,9 @@ class Evaluator:
         model: with its adapter loaded, if any.
         settings: names and keys must be unique.
         method: "letters" compares the probabilities of the option letters as the next token (always an answer);
-            "generate" writes up to `max_new_tokens` greedily and reads the letter from the text, as the benchmarks do.
+            "generate" writes up to `max_new_tokens` greedily and reads the letter from the text, as the benchmarks do;
+            "options" asks without the options and compares how likely the words of each are as the answer (a cloze
+            test, for models too small to know what a letter stands for).
         adapters_off: context in which the adapter is off; needed when a setting is without.
     """
 
@@ -151,8 +159,8 @@ class Evaluator:
         max_new_tokens: int = 16,
         adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        if method not in ("letters", "generate"):
-            raise UserError(f"unknown answer method {method!r}", remedy="choose 'letters' or 'generate'")
+        if method not in METHODS:
+            raise UserError(f"unknown answer method {method!r}", remedy=f"choose one of: {', '.join(METHODS)}")
         for what, values in (("name", [s.name for s in settings]), ("content", [s.key() for s in settings])):
             twice = {v for v in values if values.count(v) > 1}
             if twice:
@@ -225,7 +233,8 @@ class Evaluator:
     ) -> list[ItemResult]:
         results: list[ItemResult] = []
         if questions:
-            answer = self._by_letters if self.method == "letters" else self._by_text
+            ways = {"letters": self._by_letters, "generate": self._by_text, "options": self._by_options}
+            answer = ways[self.method]
             self._each(
                 settings,
                 broken,
@@ -248,6 +257,26 @@ class Evaluator:
             scores = {LETTERS[i]: float(row[i]) for i in range(q.n_options)}
             best = max(scores, key=lambda letter: scores[letter])
             results.append(_result(clip, q, s, best, scores=scores))
+        return results
+
+    def _by_options(
+        self, clip: Clip, questions: list[ChoiceQuestion], s: Setting, state: StreamState, encoder: MediaEncoder
+    ) -> list[ItemResult]:
+        """Sum of the log-probabilities of an option's tokens; the mark that ends an answer does not count."""
+        turns = [self.model.render(Turn(CLOZE.format(question=q.stem), text)) for q in questions for text in q.options]
+        blocks = [encoder.text(turn.ids.to(self.model.device)) for turn in turns]
+        stream = self.streams[s.key()]
+        hidden = stream.ask(stream.caught_up(state, encoder.waiting()), blocks)[0]
+        scores, end = list[float](), 0
+        for turn, block in zip(turns, blocks, strict=True):
+            end += block.n
+            words = supervised(turn.labels)[:-1]
+            logits = self.model.logits(hidden[words.to(hidden.device) + end - len(turn.ids)]).float().log_softmax(-1)
+            scores.append(float(logits.gather(1, turn.labels[words + 1].to(logits.device)[:, None]).sum()))
+        results = []
+        for q in questions:
+            own, scores = dict(zip(LETTERS, scores[: len(q.options)], strict=False)), scores[len(q.options) :]
+            results.append(_result(clip, q, s, max(own, key=lambda letter: own[letter]), scores=own))
         return results
 
     def _by_text(

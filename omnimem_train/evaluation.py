@@ -158,6 +158,10 @@ def _named(entry: Any) -> tuple[str, dict[str, Any]]:
     return str(entry.get("name", entry["selector"])), fields
 
 
+def _question(i: ChoiceItem) -> ChoiceQuestion:
+    return ChoiceQuestion(i.id, i.prompt, len(i.options), i.answer, i.time_s, i.meta, i.question, i.options)
+
+
 def clips_of(items: list[ChoiceItem], model: StreamingModel, config: EvalConfig) -> list[Clip]:
     """Questions grouped by the file (and sound) they are about, in the order of the items."""
     groups: dict[tuple[Any, ...], list[ChoiceItem]] = {}
@@ -165,7 +169,7 @@ def clips_of(items: list[ChoiceItem], model: StreamingModel, config: EvalConfig)
         groups.setdefault((item.media, item.audio, item.use_audio), []).append(item)
     clips = []
     for (media, audio, use_audio), members in groups.items():
-        questions = tuple(ChoiceQuestion(i.id, i.prompt, len(i.options), i.answer, i.time_s, i.meta) for i in members)
+        questions = tuple(_question(i) for i in members)
         opened = partial(open_file, model, config.data, config.encoder, media, audio, use_audio)
         clips.append(Clip(str(members[0].meta.get("cluster") or (media or audio)), questions, opened))
     return clips[: config.data.limit or None]

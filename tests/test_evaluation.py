@@ -95,6 +95,29 @@ def test_letters_equal_a_stream_of_their_own(nano_session: StreamingModel) -> No
             assert held.predicted == "ABCD"[int(expected.argmax())]
 
 
+def test_options_are_compared_by_the_likelihood_of_their_words(nano_session: StreamingModel) -> None:
+    """The sums of log-probabilities that a pass over stream, question and option by itself gives."""
+    options = ("one", "a green box", "no")
+    asked = [ChoiceQuestion(n, "unused", 3, "B", stem=f"{n}: which?", options=options) for n in ("a", "b")]
+    results = Evaluator(nano_session, SETTINGS[2:], method="options").clip(
+        Clip("c", tuple(asked), lambda: made_up_clip(nano_session))
+    )
+    encoder, windows = made_up_clip(nano_session)
+    stream = Stream(nano_session, SETTINGS[2].spec)
+    state = stream.flush(stream.feed_all(stream.start(), encode(encoder, windows)))
+    for result in results:
+        scores = list(result.scores.values())
+        for option, score in zip(options, scores, strict=True):
+            turn = nano_session.render(Turn(f"{result.question}: which? Answer in a few words.", option))
+            n = len(nano_session.tokenizer(option)["input_ids"])
+            hidden = stream.ask(state, [encoder.text(turn.ids)])[0, -len(turn.ids) :]
+            places = (turn.labels != -100).nonzero()[:n, 0] - 1  # the mark after the answer is left out
+            logits = nano_session.logits(hidden[places]).log_softmax(-1)
+            expected = logits.gather(1, turn.ids[places + 1, None]).sum()
+            assert score == pytest.approx(float(expected), abs=1e-3)
+        assert result.predicted == "ABC"[scores.index(max(scores))]
+
+
 def test_generation_reads_the_letter_from_text(nano_session: StreamingModel, monkeypatch: pytest.MonkeyPatch) -> None:
     says = {"a": "B. two", "b": "no idea"}
     ids = {name: nano_session.render(Turn(question(name).prompt)).ids.tolist() for name in says}

@@ -16,13 +16,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data_prep.questions import KINDS, LIST, NARRATE, Question, QuestionMaker, facts, narration
 from data_prep.streams import PackedTurn, pack
 from data_prep.world import COLOURS, PATTERNS, PITCHES, SHAPES, ClipSpec, crop
-from omnimem_train.benchmarks import PROMPTS, choice_prompt
+from omnimem_train.benchmarks import CLOZE, PROMPTS, choice_prompt
 from omnimem_train.models.interface import RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.tiny import WORDS
 
 # How a question is put: in the words of two benchmarks, without options, and two easy forms that teach what a letter
 # stands for. On letters alone a small model stays at chance long after it knows every answer.
-DIRECT = "{} Answer in a few words."
+DIRECT = CLOZE.format(question="{}")
 LOOKUP = "Which option says {}?"
 REASON = "{} Say it, then its letter."
 FORMS = {"manifest": 0.35, "lvomnibench": 0.05, "direct": 0.4, "lookup": 0.05, "reason": 0.15}  # shares in pre-training
