@@ -13,14 +13,19 @@ from typing import Any
 
 from data_prep.questions import LETTERS, NARRATE, Question, QuestionMaker, narration
 from data_prep.world import SPLITS, ClipSpec
-from omnimem_train.benchmarks import choice_prompt
+from omnimem_train.benchmarks import CLOZE, choice_prompt
 from omnimem_train.errors import UserError
 
 RECORD = "settings.json"
 
 
 def manifests(
-    clips: Sequence[ClipSpec], seed: int, questions_per_clip: int = 0, early: float = 0.0, narrate: bool = True
+    clips: Sequence[ClipSpec],
+    seed: int,
+    questions_per_clip: int = 0,
+    early: float = 0.0,
+    narrate: bool = True,
+    words: bool = False,
 ) -> dict[str, str]:
     """Texts of all files by name, the same for the same arguments.
 
@@ -30,14 +35,20 @@ def manifests(
         questions_per_clip: so many, chosen at random, balanced over kinds; 0 for all.
         early: share of the training turns asked as soon as they can be answered; the others come at the end.
         narrate: add a narration to every training clip.
+        words: training questions come without options and are answered in words, as the evaluation method "options"
+            asks them; else with options and letters.
     """
     makers = {split: QuestionMaker(seed, SPLITS.index(split)) for split in SPLITS}
     asked = {spec.id: makers[spec.split].ask(spec, questions_per_clip or None) for spec in clips}
     rng = random.Random(f"{seed}/early")
     of = {split: [(spec, asked[spec.id]) for spec in clips if spec.split == split] for split in SPLITS}
     files = {
-        "train.json": _list(_with_turns(spec, questions, early, narrate, rng) for spec, questions in of["train"]),
-        "train_llava.json": _list(e for spec, questions in of["train"] for e in _llava(spec, questions, narrate)),
+        "train.json": _list(
+            _with_turns(spec, questions, early, narrate, words, rng) for spec, questions in of["train"]
+        ),
+        "train_llava.json": _list(
+            e for spec, questions in of["train"] for e in _llava(spec, questions, narrate, words)
+        ),
         "events.jsonl": _lines({"fingerprint": spec.fingerprint(), **asdict(spec)} for spec in clips),
     }
     for split in SPLITS[1:]:
@@ -79,24 +90,30 @@ def write(out: Path, files: Mapping[str, str], settings: dict[str, Any]) -> None
 
 
 def _with_turns(
-    spec: ClipSpec, questions: Iterable[Question], early: float, narrate: bool, rng: random.Random
+    spec: ClipSpec, questions: Iterable[Question], early: float, narrate: bool, words: bool, rng: random.Random
 ) -> dict[str, Any]:
     """A clip as an entry of the training manifest: all its questions share one stream."""
     turns: list[dict[str, Any]] = []
     for q in questions:
         at_once = rng.random() < early and q.known_s < spec.settings.seconds
         time_s = q.known_s if at_once else None
-        turns.append(
-            {"question": choice_prompt(q.text, q.options), "answer": q.answer, "time_s": time_s, "kind": q.kind}
-        )
+        question, answer = _asked(q, words)
+        turns.append({"question": question, "answer": answer, "time_s": time_s, "kind": q.kind})
     if narrate:
         turns.append({"question": NARRATE, "answer": narration(spec), "time_s": None, "kind": "narration"})
     return {"id": spec.id, "video": _video(spec), "use_audio": True, "turns": turns}
 
 
-def _llava(spec: ClipSpec, questions: Iterable[Question], narrate: bool) -> Iterator[dict[str, Any]]:
+def _asked(q: Question, words: bool) -> tuple[str, str]:
+    """What a model is asked in training, and its answer."""
+    if words:
+        return CLOZE.format(question=q.text), q.options[LETTERS.index(q.answer)]
+    return choice_prompt(q.text, q.options), q.answer
+
+
+def _llava(spec: ClipSpec, questions: Iterable[Question], narrate: bool, words: bool) -> Iterator[dict[str, Any]]:
     """The same in LLaVA style: an entry a question, at the end of the clip."""
-    pairs = [(choice_prompt(q.text, q.options), q.answer) for q in questions]
+    pairs = [_asked(q, words) for q in questions]
     for number, (question, answer) in enumerate([*pairs, (NARRATE, narration(spec))] if narrate else pairs):
         said = [{"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": answer}]
         yield {"id": f"{spec.id}-{number:02d}", "video": _video(spec), "use_audio": True, "conversations": said}

@@ -51,6 +51,7 @@ class RenderConfig:
         questions_per_clip: so many, chosen at random and balanced over kinds; 0 for all that a clip can answer.
         early: share of the training questions asked as soon as they can be answered; the others come at the end.
         narrate: add a narration turn to every training clip.
+        words: training answers are words, not letters (see `data_prep.manifests`).
         workers: processes that render.
     """
 
@@ -62,6 +63,7 @@ class RenderConfig:
     questions_per_clip: int = 0
     early: float = 0.25
     narrate: bool = True
+    words: bool = False
     workers: int = 1
 
     def counts(self) -> dict[str, int]:
@@ -94,7 +96,8 @@ def render(out: Path, config: RenderConfig) -> dict[str, int]:
         a process that died.
     """
     clips = specs(config)
-    files = manifests(clips, config.seed, config.questions_per_clip, config.early, config.narrate)
+    c = config
+    files = manifests(clips, c.seed, c.questions_per_clip, c.early, c.narrate, c.words)
     try:
         check_unchanged(out, files)
         (out / "clips").mkdir(parents=True, exist_ok=True)
@@ -165,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
             )
     parser.add_argument("--no-narrate", dest="narrate", action="store_false", help="no narration turn")
+    parser.add_argument("--words", action="store_true", help="train on answers in words, not letters")
     given = vars(parser.parse_args(argv))
     out = given.pop("out")
     world = {name: given.pop(name) for name in WorldSettings.__dataclass_fields__}

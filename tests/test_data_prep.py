@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from data_prep import render as rendering
 from data_prep.arrays import render_frames, render_sound, shape_mask, token_labels
 from data_prep.encode import comment_of
+from data_prep.manifests import manifests
 from data_prep.render import RenderConfig, clip_path, main, render, specs
 from data_prep.world import (
     COLOURS,
@@ -26,7 +28,7 @@ from data_prep.world import (
     is_held_out,
     make_clip,
 )
-from omnimem_train.benchmarks import load_choices
+from omnimem_train.benchmarks import CLOZE, load_choices
 from omnimem_train.errors import UserError
 from omnimem_train.manifest import load_manifest
 from omnimem_train.media import read_windows
@@ -330,3 +332,16 @@ def test_a_clip_of_any_length(tmp_path: Path) -> None:
         assert sum(blocks) == seconds * 4
         assert max(blocks) <= 64
     assert render_sound([spec]).shape == (1, 1200 * 16000)
+
+
+def test_training_answers_are_letters_or_words() -> None:
+    clips = [make_clip(WorldSettings(seconds=12.0), 0, "train", 0)]
+    files = {words: manifests(clips, 0, narrate=False, words=words) for words in (False, True)}
+    turns = {words: json.loads(text["train.json"])[0]["turns"] for words, text in files.items()}
+    assert len(turns[False]) == len(turns[True]) > 5
+    for letter, word in zip(turns[False], turns[True], strict=True):
+        options = dict(line.split(". ", 1) for line in letter["question"].split("\n")[1:5])
+        assert options[letter["answer"]] == word["answer"]
+        assert word["question"] == CLOZE.format(question=letter["question"].split("\n")[0])
+    said = json.loads(files[True]["train_llava.json"])
+    assert [e["conversations"][1]["value"] for e in said] == [t["answer"] for t in turns[True]]
