@@ -141,6 +141,40 @@ def test_rates_that_cannot_be_cut_into_windows(fps: float) -> None:
         paired_window_s(fps)
 
 
+REFUSED = {23.976: 24, 24000 / 1001: 24, 29.97: 30, 59.94: 60, 1.001: 1, 0.7123: 0.7, 0.5501: 0.6, 2.857: 3}
+
+
+def hint(fps: float) -> float:
+    """The rate that the refusal of another offers."""
+    with pytest.raises(UserError) as error:
+        paired_window_s(fps)
+    return float(error.value.remedy.rsplit(maxsplit=1)[1])
+
+
+@pytest.mark.parametrize(("fps", "offered"), REFUSED.items())
+def test_the_rate_offered_instead_is_near(fps: float, offered: float) -> None:
+    assert hint(fps) == offered
+    assert paired_window_s(offered) > 0
+
+
+def test_the_rate_offered_instead_works(model: StreamingModel) -> None:
+    for fps in map(hint, (29.97, 0.7123)):
+        seconds = 2 * model.window_s(fps)
+        tokens, _ = omni_clips.run(model, omni_clips.Clip(seconds, fps, size=(28, 28)))
+        assert float(tokens.time_s.max()) > seconds - 2 / fps - 1e-3
+
+
+def test_every_rate_works_or_one_near_it_is_offered() -> None:
+    refused = 0
+    for fps in [k / 10_000 for k in range(10, 60_000, 7)] + [k / 1000 for k in range(6_000, 240_000, 97)]:
+        try:
+            paired_window_s(fps)
+        except UserError:
+            refused += 1
+            assert abs(hint(fps) / fps - 1) <= 0.1 and paired_window_s(hint(fps)) > 0, fps
+    assert refused > 1000
+
+
 def test_rates_are_limited_by_what_a_window_holds() -> None:
     assert [paired_window_s(fps) for fps in (0.3, 240, 7.5)] == [20, 2, 4]
 

@@ -335,6 +335,15 @@ def paired_window_s(fps: float) -> float:
             f"fps is {fps:g}",
             cause=f"whole pairs of frames and whole 2 s of sound meet only every {window_s:g} s, "
             f"that is {window_s * fps:.0f} frames to hold at once",
-            remedy=f"give a rounder number, e.g. {max(1, round(fps))}",
+            remedy=f"give a rounder number, e.g. {_rounder(fps):g}",
         )
     return float(window_s)
+
+
+def _rounder(fps: float) -> float:
+    """A whole number or a first decimal within a tenth of `fps`, a rate that was refused.
+
+    There always is one, and it works: windows of p / q frames a second hold 2 p frames, so only rates above 0.5 are
+    refused (q is 1000 at most), and from 5 on a whole number is near enough.
+    """
+    return next(near for digits in (0, 1) if abs((near := round(fps, digits)) - fps) <= fps / 10)
