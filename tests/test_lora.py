@@ -250,6 +250,21 @@ def test_bad_settings_are_refused(nano: Any, tmp_path: Path) -> None:
         add_lora(nano, SETTINGS)
 
 
+def test_a_rank_is_at_most_the_smallest_side_of_a_target(nano: Any) -> None:
+    heads = nano.parts.text.layers[0].self_attn
+    assert heads.q_proj.weight.shape == (64, 64)
+    assert heads.k_proj.weight.shape == (32, 64)
+    for r, targets, message in (
+        (33, ("q_proj", "k_proj"), r"r=33 is above 32, the smaller side of .*\.k_proj \(32 x 64\)"),
+        (65, ("q_proj", "down_proj"), r"r=65 is above 64, the smaller side of .*_proj \(64 x "),
+        (10**9, ("k_proj",), "lora.r to 32 or less"),
+    ):
+        with pytest.raises(UserError, match=message):
+            add_lora(nano, LoraSettings(r=r, targets=targets))
+        assert nano.adapter is None
+    assert len(add_lora(nano, LoraSettings(r=32, targets=("q_proj", "k_proj")))) == 2 * nano.n_layers
+
+
 def test_an_adapter_of_another_rank_is_not_loaded_over_one(nano: Any, nano_folder: Path, tmp_path: Path) -> None:
     adapted(nano)
     save_adapter(nano, tmp_path)

@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class LoraSettings:
     """An adapter.
 
     Attributes:
-        r: rank.
+        r: rank; at most the smaller side of every target.
         alpha: the update is alpha / r * B @ A.
         dropout: on the adapter's input, while training.
         targets: names of the linear maps in every decoder layer that get one: q_proj, k_proj, v_proj, o_proj of the
@@ -70,11 +70,12 @@ def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
         Names of the modules that got one: every target in every layer, none outside the language model.
 
     Raises:
-        UserError: the model has an adapter already, or a target that its layers do not have.
+        UserError: the model has an adapter already, a target that its layers do not have, or one smaller than the rank.
     """
     if model.adapter is not None:
         raise UserError("the model already has an adapter", remedy="load the model anew, or go on with that one")
     modules = matched(model, settings.targets)
+    check_rank(model, modules, settings.r)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
@@ -91,6 +92,18 @@ def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
         parameter.data = parameter.data.float()
     model.module.train(model.module.training)  # new modules come in training mode, with dropout
     return modules
+
+
+def check_rank(model: StreamingModel, modules: Iterable[str], r: int) -> None:
+    """Raises UserError if one of the `modules` that get an adapter has a side below the rank `r`."""
+    shapes = {name: tuple(model.module.get_submodule(name).weight.shape) for name in modules}  # type: ignore[arg-type]
+    name, shape = min(shapes.items(), key=lambda item: min(item[1]))
+    if r > min(shape):
+        raise UserError(
+            f"LoRA rank r={r} is above {min(shape)}, the smaller side of {name} ({shape[0]} x {shape[1]})",
+            cause="an update of that matrix has no higher rank; the adapter would be larger than the matrix itself",
+            remedy=f"set lora.r to {min(shape)} or less, or leave {name.rsplit('.', 1)[1]} out of lora.targets",
+        )
 
 
 def target_pattern(model: StreamingModel, targets: tuple[str, ...]) -> str:
