@@ -453,6 +453,37 @@ def test_checkpoints_that_are_damaged(nano_folder: Path, tmp_path: Path) -> None
             load_model(tmp_path / "model", device="cpu")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("left", [[], ["vocab.json"], ["merges.txt"]], ids=str)
+def test_a_checkpoint_without_a_vocabulary(nano_folder: Path, tmp_path: Path, kind: str, left: list[str]) -> None:
+    folder = tmp_path / "model"
+    if kind == "omni":
+        shutil.copytree(nano_folder, folder)
+    else:
+        make_tiny_salmonn(folder, backbone=kind)
+    split_tokenizer(folder)
+    for name in {"vocab.json", "merges.txt"} - set(left):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json, nor vocab.json with merges.txt"):
+        load_model(folder, device="cpu")
+
+
+def test_a_vocabulary_in_two_files_is_one(nano_folder: Path, nano_session: StreamingModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(nano_folder, folder)
+    split_tokenizer(folder)
+    text = "what is the dog doing?<|im_end|>"
+    assert load_model(folder, device="cpu").tokenizer.encode(text) == nano_session.tokenizer.encode(text)
+
+
+def split_tokenizer(folder: Path) -> None:
+    """The vocabulary as vocab.json and merges.txt in place of tokenizer.json."""
+    content = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(content["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in content["merges"]))
+    (folder / "tokenizer.json").unlink()
+
+
 def test_a_list_of_broken_files_that_is_damaged(tmp_path: Path) -> None:
     for content in ("x\n", "5\n", "{}\n"):
         (tmp_path / "broken").write_text(content)

@@ -23,6 +23,8 @@ MODELS: dict[str, str] = {
     "video_salmonn2": "omnimem_train.models.salmonn.stream_model:VideoSalmonn2Streaming",
 }
 
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _KERNELS = ("sdpa", "eager")
 
@@ -67,11 +69,13 @@ def load_model(
     The arguments are the fields of `ModelConfig`.
 
     Raises:
-        UserError: no such folder, no `config.json` or weights in it, or a kind of model that is not known here.
+        UserError: no such folder, no `config.json`, tokenizer or weights in it, or a kind of model that is not known
+            here.
     """
     config = ModelConfig(str(path), dtype, str(device), attention, None if adapter is None else str(adapter))
     target = model_class(config.path)
     where = pick_device(config.device)
+    check_tokenizer(config.path)
     try:
         model: StreamingModel = target.from_checkpoint(config.path, dtype=dtype, device=where, attention=attention)
     except UserError:
@@ -111,6 +115,17 @@ def model_class(path: str) -> Any:
         )
     module, name = MODELS[kind].split(":")
     return getattr(import_module(module), name)
+
+
+def check_tokenizer(path: str) -> None:
+    """Raises UserError unless the checkpoint at `path` has a vocabulary. transformers would make an empty tokenizer
+    from the other files, which turns every text into no tokens."""
+    if not any(all(find_file(path, name) for name in names) for names in VOCABULARIES):
+        raise UserError(
+            f"{path} has no tokenizer.json, nor vocab.json with merges.txt",
+            cause="without one of them there is no vocabulary, and text cannot be read",
+            remedy="complete the download, or copy these files from the checkpoint the model was made from",
+        )
 
 
 def pick_device(device: str) -> torch.device:
