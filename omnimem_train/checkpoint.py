@@ -10,7 +10,8 @@ A checkpoint is written to `.tmp-step-00000120` and renamed when it is complete,
 disk; a crash at any moment leaves the checkpoints before it as they were. Half-written ones are never listed.
 
 What the trainer puts in `meta`: `config` (plain values), `memory` (the spec) and `memory_fingerprint`, `position`
-(epoch, index in the epoch, samples seen), `budgets` (the sampler's state), `versions`.
+(epoch, index in the epoch, samples seen), `budgets` (the sampler's state), `versions`, `base_fingerprint` (of the model
+without its adapter, before anything was prepared or sharded).
 """
 
 from __future__ import annotations
@@ -289,6 +290,25 @@ def check_same_run(path: str | Path, current: Mapping[str, Any], may_change: Seq
             remedy="resume with the settings of the checkpoint, or start a new run in another folder",
         )
     return permitted
+
+
+def check_base(path: str | Path, base: str, fingerprint: str) -> None:
+    """Refuse to use a checkpoint with another base model than it was trained on. Older ones without a note pass.
+
+    Args:
+        base: path or name of the model at hand.
+        fingerprint: `session.model_fingerprint` of it, without adapters.
+
+    Raises:
+        UserError: another one is noted.
+    """
+    noted = read_meta(path)["meta"].get("base_fingerprint", fingerprint)
+    if noted != fingerprint:
+        raise UserError(
+            f"{base} is not the base model that checkpoint {path} was trained on",
+            cause=f"the weights have fingerprint {fingerprint}, in training they had {noted}",
+            remedy="give the base model it was trained on: model.path for a run, --model for an export",
+        )
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from omnimem_train.checkpoint import find_checkpoint, load_checkpoint, read_meta
+from omnimem_train.checkpoint import check_base, find_checkpoint, load_checkpoint, read_meta
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import StreamingModel
@@ -35,7 +35,7 @@ def export_adapter(
         What the check found ("modules", "trained", "parameters"), and "step".
 
     Raises:
-        UserError: no checkpoint, a base model that does not fit, or an adapter that was never trained.
+        UserError: no checkpoint, another base model than in training, or an adapter that was never trained.
     """
     folder = find_checkpoint(checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint)
     content = read_meta(folder)
@@ -45,6 +45,8 @@ def export_adapter(
     path = model_path or settings["model"]["path"]
     layout = check_layout(model_class(path), layout)
     model = load_model(path, dtype=settings["model"]["dtype"], device=device)
+    base = model_fingerprint(model, adapters=False)
+    check_base(folder, path, base)
     add_lora(model, LoraSettings(**(settings["lora"] | {"targets": tuple(settings["lora"]["targets"])})))
     held = load_checkpoint(folder, world_size=content["world_size"])
     with torch.no_grad():
@@ -67,7 +69,7 @@ def export_adapter(
     about = {
         "base_model": path,
         "model_class": type(model.module).__name__,
-        "base_fingerprint": model_fingerprint(model, adapters=False),
+        "base_fingerprint": base,
         "adapter_sha256": sha256(out / WEIGHTS),
         "trained_budgets": settings["budgets"],
         "steps": content["step"],

@@ -21,7 +21,14 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupK
 from torch import Tensor
 
 from omnimem_train.budget_sampling import BudgetSampler, Draw
-from omnimem_train.checkpoint import check_same_run, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from omnimem_train.checkpoint import (
+    check_base,
+    check_same_run,
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from omnimem_train.config import save_resolved, to_plain
 from omnimem_train.data import BrokenMedia, DataConfig, StreamDataset, StreamLoader, load_manifest
 from omnimem_train.errors import UserError
@@ -31,6 +38,7 @@ from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, l
 from omnimem_train.rng import rng_state, set_rng_state, versions
 from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
 from omnimem_train.runlog import Meter, RunLog
+from omnimem_train.session import model_fingerprint
 from omnimem_train.source import ClipSource, MakeSource, StreamSource
 from omnimem_train.step import StepResult, StreamingStep
 from omnimem_train.streaming import Stream
@@ -58,6 +66,7 @@ def train(config: RunConfig, make_source: MakeSource | None = None) -> Path:
     torch.manual_seed(t.seed)  # the same adapter on every rank
     device = str(accelerator.device) if config.model.device == "auto" else config.model.device
     model = load(replace(config.model, device=device, adapter=None))
+    base = model_fingerprint(model, adapters=False)
     if config.model.adapter is None:
         modules = len(add_lora(model, config.lora))
     else:
@@ -69,7 +78,7 @@ def train(config: RunConfig, make_source: MakeSource | None = None) -> Path:
     optimizer: Any = torch.optim.AdamW(weights, t.lr, (t.beta1, t.beta2), t.eps, t.weight_decay)
     stepper: Any = StreamingStep(model, config.loss, partial(disable_adapter, model))
     stepper, optimizer = accelerator.prepare(stepper, optimizer)
-    run = Run(config, accelerator, model, stepper, optimizer, source, sampler)
+    run = Run(config, accelerator, model, base, stepper, optimizer, source, sampler)
     seed_rank(t.seed, rank)
     start = run.restore(found) if found else 0
     meter = Meter(accelerator.device)
@@ -121,11 +130,12 @@ def train(config: RunConfig, make_source: MakeSource | None = None) -> Path:
 
 @dataclass
 class Run:
-    """What a run consists of, and how it is saved and restored."""
+    """What a run consists of, and how it is saved and restored. `base` is the fingerprint of the base model."""
 
     config: RunConfig
     accelerator: Accelerator
     model: StreamingModel
+    base: str
     stepper: Any
     optimizer: Any
     source: StreamSource
@@ -152,6 +162,7 @@ class Run:
             "budgets": self.sampler.state_dict(),
             "versions": versions(),
             "lora": to_plain(settings_of(self.model)),
+            "base_fingerprint": self.base,
         }
         return save_checkpoint(
             self.config.train.output / "checkpoints",
@@ -173,6 +184,7 @@ class Run:
     def restore(self, path: Path) -> int:
         """Go on from the checkpoint at `path`; the step it stands at."""
         check_same_run(path, self.settings(), MAY_CHANGE)
+        check_base(path, self.config.model.path, self.base)
         held = load_checkpoint(path, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes)
         self.sampler.load_state_dict(held.meta["budgets"])
         with torch.no_grad():

@@ -21,17 +21,25 @@ from omnimem_train.export import adapter_memory, export_adapter
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, lora_parameters
+from omnimem_train.models.tiny import make_tiny
 from omnimem_train.rng import versions
 from omnimem_train.run_config import RunConfig
+from omnimem_train.session import model_fingerprint
 
 SPEC = MemorySpec(selector="snapkv", budget=48, chunk_tokens=96)
 LORA = LoraSettings(r=4, alpha=8.0)
 IDS = torch.arange(20)[None]
 
 
-def checkpoint(folder: Path, base: Path, trained: bool = True) -> Any:
-    """A checkpoint as the trainer writes it, of an adapter that does something; and the model it is on."""
+def checkpoint(folder: Path, base: Path, trained: bool = True, noted: bool = True) -> Any:
+    """A checkpoint as the trainer writes it, of an adapter that does something; and the model it is on.
+
+    Args:
+        trained: the adapter changes the model.
+        noted: the fingerprint of the base is in it, as in all but old checkpoints.
+    """
     model = load_model(base, device="cpu")
+    note = {"base_fingerprint": model_fingerprint(model, adapters=False)} if noted else {}
     add_lora(model, LORA)
     if trained:
         for _, p in lora_parameters(model):
@@ -44,7 +52,7 @@ def checkpoint(folder: Path, base: Path, trained: bool = True) -> Any:
         tensors={"adapter": dict(lora_parameters(model))},
         objects={},
         rank_objects={},
-        meta={"config": to_plain(config), "versions": versions(), "lora": to_plain(LORA)},
+        meta={"config": to_plain(config), "versions": versions(), "lora": to_plain(LORA)} | note,
     )
     return model
 
@@ -101,6 +109,31 @@ def test_things_that_do_not_belong_together_are_refused(
         next(p for n, p in other.module.named_parameters() if n.startswith(other.language_prefix())).add_(1)
     with pytest.raises(UserError, match="trained on another base model"):
         adapter_memory(exported[0], other)
+
+
+def test_another_base_of_the_same_size_is_refused(
+    exported: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_tiny(tmp_path / "other", seed=1, size="nano")
+    arguments = ["export", str(exported[0].parent), str(tmp_path / "adapter"), "--model", str(other)]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"{other} is not the base model that checkpoint" in said
+    for model in (exported[1], load_model(other, device="cpu")):
+        assert model_fingerprint(model, adapters=False) in said
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_base_may_move(exported: tuple[Path, Any], nano_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(nano_folder, tmp_path / "moved")
+    export_adapter(exported[0].parent, tmp_path / "adapter", model_path=str(tmp_path / "moved"))
+
+
+def test_an_old_checkpoint_without_the_note_is_exported(nano_folder: Path, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path, nano_folder, noted=False)
+    export_adapter(tmp_path, tmp_path / "adapter")
+    about = json.loads((tmp_path / "adapter" / "memory.json").read_text())["about"]
+    assert about["base_fingerprint"] == model_fingerprint(model, adapters=False)
 
 
 def test_what_cannot_be_exported(nano_folder: Path, tmp_path: Path) -> None:

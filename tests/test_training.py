@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,16 +16,19 @@ import torch
 from safetensors.torch import load_file
 
 from omnimem_train.budget_sampling import BudgetSampling, Draw
-from omnimem_train.checkpoint import checkpoints
+from omnimem_train.checkpoint import checkpoints, read_meta
 from omnimem_train.config import load_config
 from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError
+from omnimem_train.export import export_adapter
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.models.loading import ModelConfig
+from omnimem_train.models.loading import ModelConfig, load_model
 from omnimem_train.models.lora import LoraSettings
+from omnimem_train.models.tiny import make_tiny
 from omnimem_train.run_config import RunConfig, TrainConfig
 from omnimem_train.runlog import read_metrics
+from omnimem_train.session import model_fingerprint
 from omnimem_train.streaming import Gradient
 from omnimem_train.trainer import check_finite, train
 
@@ -152,9 +156,28 @@ def test_zero_2_equals_one_process_and_resumes(recipe: Path, one: Path, tmp_path
     for a, b in zip(read_metrics(one / "metrics.jsonl"), read_metrics(zero / "metrics.jsonl"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
     assert largest_difference(adapter(one), adapter(zero)) < 1e-3
+    notes = [read_meta(checkpoints(run / "checkpoints")[-1])["meta"]["base_fingerprint"] for run in (one, zero)]
+    assert notes[0] == notes[1]
     from_half = f"train.resume={zero / 'checkpoints' / 'step-00000002'}"
     resumed = run(recipe, tmp_path / "resumed", *options, from_half, processes=2, DS_ACCELERATOR="cpu")
     assert largest_difference(adapter(zero), adapter(resumed)) == 0
+
+
+def test_a_run_belongs_to_its_base(recipe: Path, nano_folder: Path, tmp_path: Path) -> None:
+    """Other weights of the same size, in the same folder, are not taken for it: not to export and not to go on."""
+    base = tmp_path / "base"
+    shutil.copytree(nano_folder, base)
+    c = config(recipe, tmp_path, steps=1)
+    c = replace(c, model=replace(c.model, path=str(base)))
+    last = train(c)
+    note = model_fingerprint(load_model(base, device="cpu"))
+    assert read_meta(last)["meta"]["base_fingerprint"] == note
+    export_adapter(last, tmp_path / "adapter")
+    make_tiny(base, seed=1, size="nano")
+    with pytest.raises(UserError, match=f"in training they had {note}"):
+        export_adapter(last, tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"in training they had {note}"):
+        train(replace(c, train=replace(c.train, resume="auto")))
 
 
 def config(recipe: Path, tmp_path: Path, **train_settings: Any) -> RunConfig:
