@@ -295,7 +295,7 @@ def recipe(folder: Path, model: Path, *lines: str) -> Path:
     path.write_text("\n".join([f"model: {{path: {model}, device: cpu}}", *lines]))
     with path.open("a") as file:
         if not any(line.startswith("data: {items") for line in lines):
-            file.write(f"\ntrain: {{output: {folder / 'out'}, steps: 1}}\n")
+            file.write(f"\nlora: {{r: 4}}\ntrain: {{output: {folder / 'out'}, steps: 1}}\n")
     return path
 
 
