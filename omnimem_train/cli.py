@@ -117,6 +117,7 @@ def _train(arguments: Any) -> None:
 
 
 def _eval(arguments: Any) -> None:
+    import torch
     from accelerate import PartialState
 
     from omnimem_train.config import load_config
@@ -127,7 +128,8 @@ def _eval(arguments: Any) -> None:
     from omnimem_train.models.lora import disable_adapter
 
     config = load_config(EvalConfig, arguments.recipe, arguments.overrides)
-    state = PartialState()
+    # told nothing, every process without an accelerator takes itself for the only one
+    state = PartialState(cpu=not torch.accelerator.is_available())
     device = str(state.device) if config.model.device == "auto" else config.model.device
     model = load(replace(config.model, device=device))
     if config.model.adapter is not None and (Path(config.model.adapter) / "memory.json").exists():

@@ -8,6 +8,7 @@ The run's folder:
     results-rank*.jsonl    one answer a line
     summary.json           accuracies with intervals, paired differences
     table.md               the same, to read
+    run.lock               while the run goes on: who it is
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from omnimem_train.media_decode import READERS
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import MediaEncoder, MediaInfo, MediaWindow, StreamingModel, Turn
 from omnimem_train.models.loading import ModelConfig
+from omnimem_train.records import read_object
+from omnimem_train.runlock import run_lock
 from omnimem_train.session import model_fingerprint
 from omnimem_train.stats import Outcome, accuracy, compare, holm
 from omnimem_train.streaming import Stream
@@ -224,7 +227,7 @@ def evaluate(
     """Measure what is missing and summarise. All ranks get the summary; rank 0 writes it.
 
     Raises:
-        UserError: the questions cannot be read.
+        UserError: the questions cannot be read, or another run holds the output folder.
     """
     if config.data.items is None:
         raise UserError("no questions to evaluate on", remedy="name a file: data.items=PATH")
@@ -232,21 +235,23 @@ def evaluate(
     clips = clips_of(items, model, config)
     settings = config.settings()
     preflight(config, model, items, settings)
-    if rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
-        check_identity(config, model)
-        save_resolved(config, config.output / "config.yaml")
-        about = {s.key(): describe(s) for s in settings}
-        (config.output / "settings.json").write_text(json.dumps(about, indent=2) + "\n")
-    barrier()
-    run(evaluator, clips, config.output, rank=rank, world=world, retry_failed=config.retry_failed, progress=progress)
-    barrier()
-    wanted = {(q.id, s.key()) for clip in clips for q in clip.questions for s in settings}
-    results = [r for r in collect(config.output) if (r.question, r.key) in wanted]
-    summary = summarise(results, settings)
-    if rank == 0:
-        (config.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (config.output / "table.md").write_text(table(summary) + "\n")
+    with run_lock(config.output, rank):
+        if rank == 0:
+            config.output.mkdir(parents=True, exist_ok=True)
+            check_identity(config, model)
+            save_resolved(config, config.output / "config.yaml")
+            about = {s.key(): describe(s) for s in settings}
+            (config.output / "settings.json").write_text(json.dumps(about, indent=2) + "\n")
+        barrier()
+        retry = config.retry_failed
+        run(evaluator, clips, config.output, rank=rank, world=world, retry_failed=retry, progress=progress)
+        barrier()
+        wanted = {(q.id, s.key()) for clip in clips for q in clip.questions for s in settings}
+        results = [r for r in collect(config.output) if (r.question, r.key) in wanted]
+        summary = summarise(results, settings)
+        if rank == 0:
+            (config.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (config.output / "table.md").write_text(table(summary) + "\n")
     return summary
 
 
@@ -298,21 +303,6 @@ def check_identity(config: EvalConfig, model: StreamingModel) -> None:
             remedy="choose another output folder, or delete that one",
         )
     path.write_text(json.dumps(now, indent=2) + "\n")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that an evaluation wrote.
-
-    Raises:
-        UserError: it is none any more.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged", str(error), "delete that folder and run the evaluation again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged", "it holds no object", "delete that folder and run the evaluation again")
-    return content
 
 
 def describe(s: Setting) -> dict[str, Any]:

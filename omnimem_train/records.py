@@ -81,6 +81,21 @@ def read_records(path: Path | str) -> list[Record]:
     return records
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that an evaluation wrote.
+
+    Raises:
+        UserError: it is none any more.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged", str(error), "delete that folder and run the evaluation again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged", "it holds no object", "delete that folder and run the evaluation again")
+    return content
+
+
 def _read_list(path: Path) -> list[Record]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -13,9 +13,10 @@ from typing import Any
 from omnimem_train.charts import Axis, Level, Line, Point, bar_scale, chart, interval_bar, legend, rows_chart
 from omnimem_train.errors import UserError
 from omnimem_train.evaluate import ItemResult, collect
-from omnimem_train.evaluation import FULL, outcomes, read_object, what_counts
+from omnimem_train.evaluation import FULL, outcomes, what_counts
 from omnimem_train.markup import Markup, details, join, tag
 from omnimem_train.memory.spec import parse_bytes
+from omnimem_train.records import read_object
 from omnimem_train.stats import by_category
 
 Row = Mapping[str, Any]

@@ -5,6 +5,7 @@ A run folder holds
     metrics.jsonl      one JSON object a line: {"step": 20, "time_s": 31.4, "loss": 2.31, ...}; time_s goes on
                        where the resumed run stood
     tensorboard/       the same numbers as scalars
+    run.lock           while the run goes on: who it is (see `omnimem_train.runlock`)
 
 Steps that do not log cost no host sync: `Meter` adds tensors up where they are and converts them when it is read.
 """

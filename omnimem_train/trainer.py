@@ -37,6 +37,7 @@ from omnimem_train.models.loading import load
 from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, lora_parameters, settings_of
 from omnimem_train.rng import rng_state, set_rng_state, versions
 from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
+from omnimem_train.runlock import run_lock
 from omnimem_train.runlog import Meter, RunLog
 from omnimem_train.session import model_fingerprint
 from omnimem_train.source import ClipSource, MakeSource, StreamSource
@@ -53,12 +54,20 @@ def train(config: RunConfig, make_source: MakeSource | None = None) -> Path:
         make_source: gives the streams to train on, from the loaded model; by default the clips of `data.manifest`.
 
     Raises:
-        UserError: anything about the settings, the model or the data that can be known before training, broken media
-            beyond the declared limit, or a loss or gradient that is not finite (the optimizer is not stepped then;
-            under DeepSpeed that holds for the loss, the engine steps before the gradient is known).
+        UserError: another run in the same folder, anything about the settings, the model or the data that can be known
+            before training, broken media beyond the declared limit, or a loss or gradient that is not finite (the
+            optimizer is not stepped then; under DeepSpeed that holds for the loss, the engine steps before the gradient
+            is known).
     """
+    accelerator = make_accelerator(config.train)
+    with run_lock(config.train.output, accelerator.process_index):
+        accelerator.wait_for_everyone()  # no rank looks for a checkpoint before the folder is this run's alone
+        return run_steps(config, accelerator, make_source)
+
+
+def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSource | None) -> Path:
+    """What `train` does, in a folder that no other run can use."""
     t = config.train
-    accelerator = make_accelerator(t)
     rank, world = accelerator.process_index, accelerator.num_processes
     samples = [] if make_source else read_samples(config.data)
     found = find_resume(t)

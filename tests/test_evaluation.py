@@ -21,6 +21,7 @@ from omnimem_train.evaluation import EvalConfig, clips_of, evaluate, summarise, 
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Turn
 from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, lora_parameters
+from omnimem_train.runlock import NAME
 from omnimem_train.streaming import Stream, encode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,6 +289,8 @@ def test_on_real_clips_in_two_processes(nano_folder: Path, tmp_path: Path) -> No
     assert len(summary["failed"]) == lost
     assert f"{lost} questions failed and count as wrong" in done.stdout
     before = {p: p.read_bytes() for p in (tmp_path / "eval").glob("results-*")}
+    assert sorted(p.name for p in before) == ["results-rank0.jsonl", "results-rank1.jsonl"]
+    assert all(before.values()), "a process measured nothing"
     again = subprocess.run(
         [sys.executable, "-m", "omnimem_train", *arguments], cwd=ROOT, env=quiet, capture_output=True, text=True
     )
@@ -321,3 +324,21 @@ def test_clips_group_their_questions(nano_session: StreamingModel, tmp_path: Pat
         Evaluator(nano_session, config.settings()),
     )
     assert summary["rows"][0]["coverage"] == 0
+
+
+def test_two_evaluations_do_not_share_a_folder(nano_session: StreamingModel, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"video": "a.mp4", "question": "q", "options": ["x", "y"], "answer": "A"}')
+    options = [f"data.items={tmp_path / 'items.jsonl'}", "data.require_media=false", f"output={tmp_path / 'out'}"]
+    config = load_config(EvalConfig, None, options)
+    evaluator = Evaluator(nano_session, config.settings())
+
+    def meddle(clips: list[Clip]) -> Iterable[Clip]:
+        """A second evaluation, started while the first is at its clips."""
+        with pytest.raises(UserError, match=rf"{config.output} is in use by another run, process {os.getpid()} on"):
+            evaluate(config, nano_session, evaluator)
+        return clips
+
+    evaluate(config, nano_session, evaluator, progress=meddle)
+    assert len((config.output / "results-rank0.jsonl").read_text().splitlines()) == 1
+    evaluate(config, nano_session, evaluator)
+    assert not (config.output / NAME).exists()

@@ -16,7 +16,7 @@ LAYERS = [
     ["memory"],
     ["kernels"],
     ["models"],
-    ["recipe", "records", "resampling", "rng", "stats", "markup"],
+    ["recipe", "records", "resampling", "rng", "runlock", "stats", "markup"],
     ["media_decode"],
     ["media_sound"],
     ["media_worker"],

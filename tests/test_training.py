@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from omnimem_train.budget_sampling import BudgetSampling, Draw
-from omnimem_train.checkpoint import checkpoints, read_meta
+from omnimem_train.checkpoint import checkpoints, read_meta, step_of
 from omnimem_train.config import load_config
 from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError
@@ -27,6 +30,7 @@ from omnimem_train.models.loading import ModelConfig, load_model
 from omnimem_train.models.lora import LoraSettings
 from omnimem_train.models.tiny import make_tiny
 from omnimem_train.run_config import RunConfig, TrainConfig
+from omnimem_train.runlock import run_lock
 from omnimem_train.runlog import read_metrics
 from omnimem_train.session import model_fingerprint
 from omnimem_train.streaming import Gradient
@@ -62,21 +66,27 @@ train: {{steps: 4, lr: 3e-3, warmup_steps: 1, accumulation: 2, log_every: 1, sav
     return path
 
 
-def launch(
-    recipe: Path, output: Path, *overrides: str, processes: int = 1, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """`omnimem train` in `processes` processes on the CPU."""
-    command = [sys.executable, "-m"]
+def command(recipe: Path, output: Path, *overrides: str, processes: int = 1, **env: str) -> dict[str, Any]:
+    """Arguments of `subprocess` for `omnimem train` in `processes` processes on the CPU."""
+    words = [sys.executable, "-m"]
     if processes > 1:
         # standalone: a free port of its own, so that tests running side by side do not meet
-        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    command += ["omnimem_train", "train", str(recipe), f"train.output={output}", *overrides]
+        words += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    words += ["omnimem_train", "train", str(recipe), f"train.output={output}", *overrides]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     if "DS_ACCELERATOR" in env:  # DeepSpeed compiles a small extension once, with the ninja beside this Python
         quiet["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     else:
         quiet["ACCELERATE_USE_CPU"] = "true"
-    return subprocess.run(command, env=os.environ | quiet | env, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return {"args": words, "env": os.environ | quiet | env, "cwd": ROOT}
+
+
+def launch(
+    recipe: Path, output: Path, *overrides: str, processes: int = 1, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`omnimem train`, to its end."""
+    what = command(recipe, output, *overrides, processes=processes, **env)
+    return subprocess.run(**what, capture_output=True, text=True, timeout=500)
 
 
 def run(recipe: Path, output: Path, *overrides: str, **more: Any) -> Path:
@@ -137,6 +147,50 @@ def test_another_run_does_not_resume(recipe: Path, one: Path, tmp_path: Path) ->
     done = launch(recipe, tmp_path, "lora.dropout=0", "memory.chunk_tokens=32", f"train.resume={one / 'checkpoints'}")
     assert done.returncode == 2
     assert "chunk_tokens: 48 in the checkpoint, 32 now" in done.stderr
+
+
+def test_two_runs_do_not_share_a_folder(recipe: Path, tmp_path: Path) -> None:
+    """The second is told who the first is. Once that is killed, the folder is free, and its run can go on."""
+    options = ("train.steps=5000", "train.save_every=1", "train.resume=auto", "train.keep=1")
+
+    @contextmanager
+    def running() -> Iterator[subprocess.Popen[bytes]]:
+        """Inside, a run goes on that has made a step."""
+        before = last_step(tmp_path)
+        process = subprocess.Popen(**command(recipe, tmp_path, *options), stdout=subprocess.DEVNULL)
+        try:
+            until = time.monotonic() + 200
+            while last_step(tmp_path) == before and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.1)
+            assert last_step(tmp_path) > before
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    with running() as first:
+        second = launch(recipe, tmp_path, *options)
+        assert second.returncode == 2
+        assert f"{tmp_path} is in use by another run, process {first.pid} on" in second.stderr
+        assert first.poll() is None
+    with running():
+        pass
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def last_step(output: Path) -> int:
+    """The last step that a run has saved, 0 before."""
+    found = checkpoints(output / "checkpoints")
+    return step_of(found[-1]) if found else 0
+
+
+def test_a_folder_in_use_stops_all_processes(recipe: Path, tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        stopped = launch(recipe, tmp_path, processes=2)
+    assert stopped.returncode != 0
+    assert f"in use by another run, process {os.getpid()} on" in stopped.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_equal_one(recipe: Path, one: Path, tmp_path: Path) -> None:
