@@ -21,7 +21,7 @@ from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.step import answer_logits
 from omnimem_train.streaming import Stream
 from scripts.recall.enough import main as enough
-from scripts.recall.finetune import ARMS, WorldSource, WorldTurns, configure
+from scripts.recall.finetune import ARMS, MINUTE, WorldSource, WorldTurns, configure
 from scripts.recall.jobs import Answers, Context, SetSpec, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, original_forms, other_forms
@@ -133,7 +133,7 @@ def test_tuning_takes_the_best_of_each_kind() -> None:
 
 def test_all_jobs_of_the_study_have_names_of_their_own() -> None:
     form = Form("perturbation", rho=True, allocation=0.5)
-    chosen = Chosen({form.kind: form, "snapkv": Form("snapkv")}, form, Form("snapkv"), Form("snapkv", rho=True))
+    chosen = Chosen({form.kind: form, "snapkv": Form("snapkv")}, form, Form("snapkv"), Form("snapkv", rho=True), form)
     jobs = study_jobs(2, chosen, 3)
     assert len({repr(job) for job in jobs}) == len(jobs)
     answers = [job for job in jobs if isinstance(job, Answers)]
@@ -144,7 +144,7 @@ def test_all_jobs_of_the_study_have_names_of_their_own() -> None:
 
 def test_a_measurement_from_end_to_end(tmp_path: Path, base: Path) -> None:
     """Two parts of one file: measured, merged, and read as the page reads them."""
-    context = Context(tmp_path, tmp_path / "results", [base], {"test": SetSpec("test", 2, 4, WORLD)}, 1, "me", "cpu")
+    context = Context(tmp_path, tmp_path / "results", [base], {"test": SetSpec("test", 2, 4, WORLD)}, "me", "cpu")
     forms = [Form("perturbation", rho=True), Form("snapkv", allocation=0.5)]
     scores = [
         Answers("main", 0, "test", ((form, 24),), full=i == 0, part=i).run(context) for i, form in enumerate(forms)
@@ -186,7 +186,7 @@ def test_batches_to_fine_tune_on_depend_on_their_number_alone(model: Qwen2_5Omni
 
 def test_arms_differ_in_the_loop_alone(base: Path) -> None:
     best = Form("perturbation", rho=True, allocation=0.5)
-    runs = {arm: configure(arm, base, Path("out"), best, 7, 1) for arm in ARMS}
+    runs = {arm: configure(arm, base, Path("out"), best, MINUTE, 1) for arm in ARMS}
     same = {json.dumps([str(r.train), str(r.lora), str(r.model)]) for r in runs.values()}
     assert len(same) == 1
     assert runs["full_lora"].budgets.smallest is None

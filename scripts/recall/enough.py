@@ -1,6 +1,6 @@
 """Ends without error if the last validation in a log has all of the named kinds at a share or above:
 
-    python -m scripts.recall.enough LOG 0.85 colour pitch
+python -m scripts.recall.enough LOG 0.85 colour pitch
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from data_prep.streams import PackedTurn, WorldStreams, pack
 from data_prep.world import ClipSpec
 from omnimem_train.budget_sampling import BudgetSampling
 from omnimem_train.losses import LossConfig
-from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.loading import ModelConfig
 from omnimem_train.models.lora import LoraSettings
@@ -31,12 +30,44 @@ from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.run_config import RunConfig, TrainConfig
 from omnimem_train.step import EncodedStream
 from omnimem_train.streaming import Gradient
+from scripts.recall.asking import FORM
 from scripts.recall.methods import BUDGETS, CHUNK, Form
 from scripts.recall.turns import rendered
 
-RANDOM = BudgetSampling(kind="log_uniform", low=32, high=640, full_share=0.15, chunk_jitter=0.25)
-FIXED = BudgetSampling(kind="fixed", choices=(BUDGETS[-2],), full_share=0.0, chunk_jitter=0.25)
-WITHOUT = BudgetSampling(kind="fixed", choices=(BUDGETS[-2],), full_share=1.0, chunk_jitter=0.25)
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a fine-tuning run is.
+
+    Attributes:
+        pool, clip_set: clip sets to train on and to measure on. asked: budgets to measure at, beside the full cache.
+        low, high: of the random budgets. fixed: of the arm with one budget. chunk: tokens.
+        steps: of the optimizer, each of `size` clips with `asks` questions.
+        dtype: of the model.
+    """
+
+    pool: str = "pool"
+    clip_set: str = "test"
+    asked: tuple[int, ...] = BUDGETS[2:]
+    low: int = 32
+    high: int = 640
+    fixed: int = BUDGETS[-2]
+    chunk: int = CHUNK
+    steps: int = 150
+    size: int = 8
+    asks: int = 24
+    dtype: str = "bfloat16"
+
+    def budgets(self, kind: str, seed: int) -> BudgetSampling:
+        """ "random" budgets, the "fixed" one, or "full": none is compressed."""
+        if kind == "random":
+            return BudgetSampling("log_uniform", self.low, self.high, full_share=0.15, chunk_jitter=0.25, seed=seed)
+        share = float(kind == "full")
+        return BudgetSampling("fixed", choices=(self.fixed,), full_share=share, chunk_jitter=0.25, seed=seed)
+
+
+MINUTE = Scale()  # clips of 60 s: for a GPU
+SHORT = Scale("short_pool", "short", (49, 24), 12, 256, 24, 128, steps=40, size=4, asks=12, dtype="float32")  # CPU
 ALL = Gradient("all", checkpointing=False)
 
 
@@ -46,13 +77,13 @@ class Arm:
 
     Attributes:
         memory: the selector in the loop; None for the study's best.
-        budgets: how they are drawn.
+        budgets: how they are drawn (`Scale.budgets`).
         gradient, loss: of the loop.
         narrate: also ask for everything in order.
     """
 
     memory: Form | None = None
-    budgets: BudgetSampling = RANDOM
+    budgets: str = "random"
     gradient: Gradient = ALL
     loss: LossConfig = field(default_factory=LossConfig)
     narrate: bool = False
@@ -60,10 +91,10 @@ class Arm:
 
 ARMS: dict[str, Arm] = {
     "budget_lora": Arm(),
-    "full_lora": Arm(budgets=WITHOUT),
+    "full_lora": Arm(budgets="full"),
     "critical_kv_lora": Arm(memory=Form("critical_kv")),
     "window_lora": Arm(memory=Form("sliding_window")),
-    "fixed_lora": Arm(budgets=FIXED),
+    "fixed_lora": Arm(budgets="fixed"),
     "budget_lora_last1": Arm(gradient=replace(ALL, kind="last", chunks=1)),
     "budget_lora_last4": Arm(gradient=replace(ALL, kind="last", chunks=4)),
     "budget_lora_stop3": Arm(gradient=replace(ALL, kind="stop_layer", layer=3)),
@@ -72,19 +103,18 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def configure(arm: str, base: Path, out: Path, best: Form, steps: int, seed: int, lr: float = 5e-4) -> RunConfig:
+def configure(arm: str, base: Path, out: Path, best: Form, scale: Scale, seed: int, lr: float = 5e-4) -> RunConfig:
     """The run of an arm."""
     a = ARMS[arm]
     form = best if a.memory is None else a.memory
-    memory: MemorySpec = form.spec(BUDGETS[-2], CHUNK)
     return RunConfig(
-        model=ModelConfig(path=str(base), dtype="bfloat16"),
+        model=ModelConfig(path=str(base), dtype=scale.dtype),
         lora=LoraSettings(r=32, alpha=64.0),
-        memory=memory,
-        budgets=replace(a.budgets, seed=seed),
+        memory=form.spec(scale.fixed, scale.chunk),
+        budgets=scale.budgets(a.budgets, seed),
         gradient=a.gradient,
         loss=a.loss,
-        train=TrainConfig(output=out, steps=steps, lr=lr, warmup_steps=10, seed=seed, log_every=20, keep=1),
+        train=TrainConfig(output=out, steps=scale.steps, lr=lr, warmup_steps=10, seed=seed, log_every=20, keep=1),
     )
 
 
@@ -104,7 +134,7 @@ class WorldTurns(Dataset[bytes]):
         asked = [maker.ask(self.specs[c], self.asks) for c in clips]
         turns: list[PackedTurn] = []
         for slot in range(max(len(q) for q in asked)):
-            row = [rendered(self.model, q[slot], "manifest") if slot < len(q) else None for q in asked]
+            row = [rendered(self.model, q[slot], FORM) if slot < len(q) else None for q in asked]
             turns.append(pack(row))
         if self.narrate:
             told: list[RenderedTurn] = [self.model.render(Turn(NARRATE, narration(self.specs[c]))) for c in clips]
@@ -176,7 +206,7 @@ class WorldSource:
     def example(self) -> tuple[str, RenderedTurn]:
         """The first question of the first clip."""
         q = QuestionMaker(0, 0).ask(self.turns.specs[0], 1)[0]
-        return q.text, rendered(self.turns.model, q, "manifest")
+        return q.text, rendered(self.turns.model, q, FORM)
 
 
 class _from:
@@ -192,6 +222,7 @@ class _from:
             number += 1
 
 
-def source_for(arm: str, specs: Sequence[ClipSpec], media: Tensor, seed: int, **options: Any) -> Any:
+def source_for(arm: str, specs: Sequence[ClipSpec], media: Tensor, scale: Scale, seed: int) -> Any:
     """What `omnimem_train.trainer.train` takes as its source."""
-    return lambda model: WorldSource(model, specs, media, seed=seed, narrate=ARMS[arm].narrate, **options)
+    options: dict[str, Any] = {"size": scale.size, "asks": scale.asks, "narrate": ARMS[arm].narrate, "seed": seed}
+    return lambda model: WorldSource(model, specs, media, **options)

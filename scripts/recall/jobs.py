@@ -26,9 +26,9 @@ from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.rng import versions
 from omnimem_train.streaming import Stream, StreamState
 from omnimem_train.trainer import train
-from scripts.recall.asking import Asker, ClipSet, clip_set
-from scripts.recall.finetune import configure, source_for
-from scripts.recall.methods import FULL, FULL_DESCRIBED, Form
+from scripts.recall.asking import FORM, Asker, ClipSet, clip_set
+from scripts.recall.finetune import MINUTE, Scale, configure, source_for
+from scripts.recall.methods import CHUNK, FULL, FULL_DESCRIBED, Form
 
 POOL_SEED = 1000  # clips to fine-tune on: not those of pre-training
 
@@ -55,14 +55,13 @@ class Context:
     Attributes:
         work: folder of encoded clips, runs and adapters. results: folder of the results.
         bases: the base models. sets: clip sets by name.
-        steps: of a fine-tuning run. command: what started the study, noted with the results.
+        command: what started the study, noted with the results.
     """
 
     work: Path
     results: Path
     bases: Sequence[Path]
     sets: Mapping[str, SetSpec]
-    steps: int
     command: str
     device: str = "cuda"
     _askers: dict[Any, Asker] = field(default_factory=dict)
@@ -116,6 +115,7 @@ class Answers:
         forms: (form, budget) pairs, measured in this order; with `full`, the full cache too.
         part: number of the part, where one file is measured in several.
         specs: further settings by name: (memory, description).
+        chunk: tokens of a chunk, for the forms.
     """
 
     study: str
@@ -129,6 +129,7 @@ class Answers:
     specs: tuple[tuple[str, MemorySpec, str], ...] = ()
     dtype: str = "bfloat16"
     model_name: str = ""
+    chunk: int = CHUNK
 
     @property
     def model(self) -> str:
@@ -150,8 +151,8 @@ class Answers:
             found["full"], described["full"] = asker.answers(FULL), FULL_DESCRIBED
         for form, budget in self.forms:
             name = f"{form.kind} {json.dumps(form.tuned, sort_keys=True)}@{budget}"
-            found[name] = asker.answers(form.spec(budget))
-            described[name] = form.described(budget, media)
+            found[name] = asker.answers(form.spec(budget, self.chunk))
+            described[name] = form.described(budget, media, self.chunk)
             scores[form, budget] = float((found[name] == right).mean())
         for name, spec, method in self.specs:
             found[name] = asker.answers(spec)
@@ -182,6 +183,7 @@ def write_part(
         "machine": machine(context.device),
         "versions": versions(),
         "command": context.command,
+        "form": FORM,
     }
     if job.study == "sweep":
         about["world"] = {k: getattr(world, k) for k in ("loudness", "copies", "sound_share")}
@@ -240,24 +242,32 @@ def adapter_name(base: int, arm: str, seed: int) -> str:
 
 @dataclass(frozen=True)
 class Tune:
-    """A fine-tuning run, its export, and the answers of what came out."""
+    """A fine-tuning run, its export, and the answers of what came out.
+
+    Attributes:
+        base, arm, seed: which run. scale: how large.
+        best: what is in the loop unless the arm says otherwise. read: what the answers are measured with.
+    """
 
     base: int
     arm: str
     seed: int
     best: Form
-    asked: tuple[tuple[Form, int], ...]
+    read: tuple[Form, ...]
+    scale: Scale = MINUTE
 
     def run(self, context: Context) -> dict[Any, float]:
-        """Train, export, measure on the test clips."""
-        name = adapter_name(self.base, self.arm, self.seed)
+        """Train, export, measure."""
+        name, scale = adapter_name(self.base, self.arm, self.seed), self.scale
         out = context.work / "runs" / name
-        pool = context.clips(self.base, "pool")
-        config = configure(self.arm, context.bases[self.base], out, self.best, context.steps, self.seed)
-        train(config, source_for(self.arm, pool.specs, pool.media, self.seed))
+        pool = context.clips(self.base, scale.pool)
+        config = configure(self.arm, context.bases[self.base], out, self.best, scale, self.seed)
+        train(config, source_for(self.arm, pool.specs, pool.media.to(getattr(torch, scale.dtype)), scale, self.seed))
         export_adapter(out, context.work / "adapters" / name, device=context.device)
+        forms = tuple((form, budget) for form in self.read for budget in scale.asked)
         study = "ablation" if self.arm.startswith("budget_lora_") else "finetune"
-        return Answers(study, self.base, "test", self.asked, True, self.arm, self.seed).run(context)
+        options: dict[str, Any] = {"full": True, "dtype": scale.dtype, "chunk": scale.chunk}
+        return Answers(study, self.base, scale.clip_set, forms, arm=self.arm, seed=self.seed, **options).run(context)
 
 
 # Precision and pictures ----------------------------------------------------------------------------------------------

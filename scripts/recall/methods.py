@@ -91,7 +91,14 @@ class Form:
             extra = {"allocation": self.allocation}
         return MemorySpec(selector=self.rule, selector_options=options, budget=budget, chunk_tokens=chunk, **extra)
 
-    def described(self, budget: int, media_tokens: int) -> dict[str, Any]:
+    @classmethod
+    def read(cls, kind: str, tuned: Mapping[str, Any]) -> Form:
+        """The form of a setting in a results folder: its method and what was tuned."""
+        rule, *parts = kind.split(" + ")
+        options = tuple(sorted((k, v) for k, v in tuned.items() if k != "allocation"))
+        return cls(rule, options, "rho" in parts, tuned.get("allocation"))
+
+    def described(self, budget: int, media_tokens: int, chunk: int = CHUNK) -> dict[str, Any]:
         """A setting as the results folder describes it."""
         return {
             "method": self.kind,
@@ -99,7 +106,7 @@ class Form:
             "budget": budget,
             "share": budget / media_tokens,
             "tuned": self.tuned,
-            "memory": self.spec(budget).to_dict(),
+            "memory": self.spec(budget, chunk).to_dict(),
         }
 
 

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.world import WorldSettings
+from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
-from scripts.recall.finetune import ARMS
+from scripts.recall.finetune import ARMS, SHORT
 from scripts.recall.jobs import Answers, Context, Pictures, Precision, SetSpec, Tune, merge
+from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, FULL, OPTIONS, TUNED_AT, Form, best_of, choose, original_forms, other_forms
 
 CONTROLS = ("full_lora", "critical_kv_lora", "window_lora", "fixed_lora")
@@ -32,7 +34,7 @@ ABLATED = tuple(arm for arm in ARMS if arm.startswith("budget_lora_"))
 WORLDS = tuple(
     (loudness, copies, share) for share in (0.3, 0.5, 0.7) for copies in (0.0, 0.5, 1.5) for loudness in (0.0, 1.0, 2.0)
 )
-LONG_S = 240
+LONG_S, SHORT_S = 240, 24
 MOST_FAILED = 12  # with more, something is wrong with all of them
 
 
@@ -46,6 +48,8 @@ def sets(scale: float = 1.0) -> dict[str, SetSpec]:
         "val": SetSpec("val", n(100), 12),
         "test": SetSpec("test", n(216), 24),
         "pool": SetSpec("train", n(1024), 0, seed=1000),
+        "short_pool": SetSpec("train", n(160), 0, WorldSettings(seconds=float(SHORT_S)), seed=1000),
+        "short": SetSpec("test", n(80), 16, WorldSettings(seconds=float(SHORT_S)), seed=3),
         "long": SetSpec("test", n(32), 24, WorldSettings(seconds=float(LONG_S)), seed=1),
     }
     for loudness, copies, share in WORLDS:
@@ -91,25 +95,40 @@ class Chosen:
 
     Attributes:
         forms: the best of each kind. best: of our family; rival: of the rivals as published; augmented: of the rest.
+        perturbation: the best form of that rule.
     """
 
     forms: dict[str, Form]
     best: Form
     rival: Form
     augmented: Form
+    perturbation: Form
 
     @classmethod
     def of(cls, scores: dict[Form, float]) -> Chosen:
         """From the mean accuracy of every form on validation clips."""
         every = best_of(scores, "omnimem"), best_of(scores, "rival"), best_of(scores, "augmented")
-        return cls(choose(scores), *every)
+        exact = {form: score for form, score in scores.items() if form.rule == "perturbation"}
+        return cls(choose(scores), *every, best_of(exact, "omnimem"))
+
+    @classmethod
+    def from_results(cls, folder: Path) -> Chosen:
+        """From the tuning that a results folder holds.
+
+        Raises:
+            UserError: it holds none.
+        """
+        tried = load(folder).conditions("tuning")
+        if not tried:
+            raise UserError(f"{folder} holds no tuning", remedy="run the study on a GPU first")
+        return cls.of(mean_scores([{(Form.read(c.method, c.tuned), c.budget): float(c.right.mean())} for c in tried]))
 
 
 def study_jobs(bases: int, chosen: Chosen, seeds: int) -> list[Any]:
     """Everything after tuning, most important first."""
-    asked = at(dict.fromkeys([chosen.best, Form("critical_kv")]), BUDGETS[2:])
+    read = tuple(dict.fromkeys([chosen.best, Form("critical_kv")]))
     jobs: list[Any] = []
-    tunes = [Tune(b, arm, s, chosen.best, asked) for s in range(seeds) for b in range(bases) for arm in MAIN_ARMS]
+    tunes = [Tune(b, arm, s, chosen.best, read) for s in range(seeds) for b in range(bases) for arm in MAIN_ARMS]
     mains: list[Any] = []
     for base in range(bases):
         mains.append(Answers("main", base, "test", full=True))
@@ -117,12 +136,12 @@ def study_jobs(bases: int, chosen: Chosen, seeds: int) -> list[Any]:
             mains.append(Answers("main", base, "test", at([form], BUDGETS), part=part))
     jobs += interleave(tunes, mains)
     jobs += [Pictures(0, (chosen.best, chosen.rival, Form("sliding_window")), BUDGETS[2])]
-    jobs += ablations(bases, chosen.best)
+    jobs += ablations(bases, chosen.perturbation)
     compared = at(dict.fromkeys([chosen.best, chosen.rival, chosen.augmented]), TUNED_AT)
     jobs += [Answers("sweep", 0, world_name(*w), compared, True, model_name=world_name(*w)) for w in WORLDS]
     jobs += [long_job(base, chosen.best) for base in range(bases)]
     jobs += [Precision(base, at([chosen.best, chosen.rival], TUNED_AT)) for base in range(bases)]
-    jobs += [Tune(0, arm, 0, chosen.best, at([chosen.best], TUNED_AT)) for arm in ABLATED]
+    jobs += [Tune(0, arm, 0, chosen.best, (chosen.best,)) for arm in ABLATED]
     return jobs
 
 
@@ -137,8 +156,8 @@ def interleave(slow: Sequence[Any], fast: Sequence[Any]) -> list[Any]:
 
 
 def ablations(bases: int, best: Form) -> list[Any]:
-    """Variants of perturbation and of the paper's rule, each a method of its own name."""
-    base = Form("perturbation", rho=best.rho, allocation=best.allocation).spec(TUNED_AT[0])
+    """Variants of the best form of perturbation, and of the paper's rule, each a method of its own name."""
+    base = best.spec(TUNED_AT[0])
 
     def variant(**changes: Any) -> MemorySpec:
         options = base.selector_options | changes.pop("options", {})
@@ -156,8 +175,10 @@ def ablations(bases: int, best: Form) -> list[Any]:
         "avba with prior 1": variant(allocation="avba", allocation_options={"prior": 1.0}),
         "mass": variant(allocation="mass", allocation_options={}),
         "without rho": variant(options={"redundancy": "none"}),
+        "with rho": variant(options={"redundancy": "later_key"}),
         "approximate perturbation": variant(options={"approximate": True}),
         "norm of the group's sum": variant(options={"group_norm": "sum"}),
+        "fresh importance": variant(options={"history": "fresh"}),
         "average with the past": variant(options={"history": "average"}),
         **{f"{p or 'all'} probes": variant(options={"n_probes": p}) for p in (16, 32, 128, 0)},
         "similarity only": base.replace(selector="omnimem", selector_options={"lam": 0.0}),
@@ -168,6 +189,7 @@ def ablations(bases: int, best: Form) -> list[Any]:
         "chunks of 128": variant(chunk_tokens=128),
         "chunks of 512": variant(chunk_tokens=512),
     }
+    variants = {name: spec for name, spec in variants.items() if spec != base or spec is base}  # what it is already
     jobs = []
     for b in range(bases):
         for part, (name, spec) in enumerate(variants.items()):
@@ -286,6 +308,21 @@ def run(context: Context, workers: int, budget_s: float, seeds: int) -> list[str
     return queue.failed
 
 
+def run_short(context: Context, workers: int, budget_s: float, seeds: int) -> list[str]:
+    """Fine-tuning and its controls on short clips, with the method that an earlier tuning chose; what failed."""
+    begun, best = time.perf_counter(), Chosen.from_results(context.results).best
+    context.work.mkdir(parents=True, exist_ok=True)
+    bases = range(len(context.bases))
+    queue = Queue(context, workers, begun + budget_s)
+    try:
+        queue.run([Encode(base, name) for base in bases for name in ("short", "short_pool")])
+        queue.run([Tune(b, arm, s, best, (best,), SHORT) for s in range(seeds) for b in bases for arm in MAIN_ARMS])
+    finally:
+        queue.close()
+    merge(context.work, context.results)
+    return queue.failed
+
+
 @dataclass(frozen=True)
 class Encode:
     """Encode a clip set with the towers of a base model."""
@@ -308,13 +345,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=1e9, help="no job begins after so many seconds")
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
-    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning")
+    parser.add_argument("--short", action="store_true", help="fine-tuning alone, on clips of 24 s: for a CPU")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the clips, for a trial")
     parser.add_argument("--device", default="cuda")
     a = parser.parse_args(argv)
     command = "python -m scripts.recall.study " + " ".join(sys.argv[1:] if argv is None else argv)
-    context = Context(a.work, a.results, a.bases, sets(a.scale), a.steps, command, a.device)
-    failed = run(context, a.workers, a.budget_s, a.seeds)
+    context = Context(a.work, a.results, a.bases, sets(a.scale), command, a.device)
+    failed = (run_short if a.short else run)(context, a.workers, a.budget_s, a.seeds)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0
