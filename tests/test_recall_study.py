@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `scripts` is run from the repository's root
 
 from data_prep.questions import QuestionMaker
 from data_prep.streams import WorldStreams

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ import numpy as np
 import pytest
 
 from omnimem_train.stats import Outcome, compare, holm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from scripts.recall import tables, tables_studies
 from scripts.recall.load import load
 from scripts.recall.results import prepare, write

@@ -348,7 +348,7 @@ class Pictures:
                 rows.append(self._shares(asker, state))
 
             end = final_state(asker, form.spec(self.budget), asker.clips.media[:32], note)
-            whole = [r for i, r in enumerate(rows) if i == 0 or r[0] > rows[i - 1][0]]
+            whole = [r for i, r in enumerate(rows) if r[0] > (rows[i - 1][0] if i else 0.0)]
             seconds = [r[0] for r in whole]
             kept[form.kind] = {"visual": [r[1] for r in whole], "audio": [r[2] for r in whole]}
             layer = end.layers[self.layer]

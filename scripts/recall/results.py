@@ -152,6 +152,10 @@ def text(page: Page, sweep: tables_studies.Found, paths: dict[str, str]) -> str:
 
 HOW = """## How the numbers are made
 
+- Clips are rendered as arrays (`data_prep/arrays.py`), encoded by the model's own towers window by window and streamed
+  through the package's loop, many side by side; a file of the same clip goes through H.264 and AAC besides.
+- A question is asked at the end of its clip without its options, and the likelihoods of the four options are compared
+  at the first token in which they differ (cloze): a model of this size knows more than it can tell by letters.
 - Accuracy: Wilson interval on an effective sample size, variance clustered by clip. Differences: paired by question,
   adjusted Wald interval clustered by clip. p: exact sign-flip test over clips, Holm's adjustment over the family that
   the table names (`omnimem_train/stats.py`). A question without an answer counts as wrong.
