@@ -1,8 +1,8 @@
 """Triton kernels for scoring and selection, plugged into `omnimem_train.memory` on GPUs that can run them.
 
-`install` is called by a stream on a CUDA device. They are used with OMNIMEM_KERNELS=1 in the environment: so far they
-ran in Triton's interpreter and were compiled for sm_90, not yet held against torch on a GPU. Otherwise, without
-triton, on older GPUs and for other precisions than bfloat16, the plain torch code of `omnimem_train.memory` runs.
+`install` is called by a stream on a CUDA device. They are used with OMNIMEM_KERNELS=1 in the environment: their tests
+pass on an H100, but how fast they are has not been measured. Otherwise, without triton, on older GPUs and for other
+precisions than bfloat16, the plain torch code of `omnimem_train.memory` runs.
 
 Shape legend: see `omnimem_train.memory.state`; N = H/G query heads of a group.
 """
