@@ -114,7 +114,9 @@ def configure(arm: str, base: Path, out: Path, best: Form, scale: Scale, seed: i
         budgets=scale.budgets(a.budgets, seed),
         gradient=a.gradient,
         loss=a.loss,
-        train=TrainConfig(output=out, steps=scale.steps, lr=lr, warmup_steps=10, seed=seed, log_every=20, keep=1),
+        train=TrainConfig(
+            output=out, steps=scale.steps, lr=lr, warmup_steps=10, seed=seed, log_every=20, keep=1, resume="auto"
+        ),
     )
 
 
@@ -174,7 +176,8 @@ class WorldSource:
         self.position, self.waited_s = 0, 0.0
 
     def __len__(self) -> int:
-        return len(self.turns.specs)
+        """Batches of an epoch."""
+        return max(1, len(self.turns.specs) // self.turns.size)
 
     def streams(self, start: int) -> Generator[EncodedStream, None, None]:
         """Batches from number `start` on."""

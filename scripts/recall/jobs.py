@@ -30,8 +30,6 @@ from scripts.recall.asking import FORM, Asker, ClipSet, clip_set
 from scripts.recall.finetune import MINUTE, Scale, configure, source_for
 from scripts.recall.methods import CHUNK, FULL, FULL_DESCRIBED, Form
 
-POOL_SEED = 1000  # clips to fine-tune on: not those of pre-training
-
 
 @dataclass(frozen=True)
 class SetSpec:

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from omnimem_train.errors import UserError
 from omnimem_train.report_eval import without_folders
 from scripts.recall import figures, tables, tables_studies
-from scripts.recall.load import STUDIES, Data, Questions, load
+from scripts.recall.load import STUDIES, Condition, Data, Questions, load
 from scripts.recall.results_goals import BARS, UNMEASURED, Verdict, fine_tuning, lines, own_recall, training_free
 from scripts.recall.results_scores import Scores, excluded_kinds, full_caches, grid
 from scripts.recall.tables import Page
@@ -150,6 +152,8 @@ def text(page: Page, sweep: tables_studies.Found, paths: dict[str, str]) -> str:
     return "\n".join(section for section in sections if section)
 
 
+WINDOWS = {"snapkv": 64, "critical_kv": 64}  # newest tokens that are kept whatever they score, by default
+
 HOW = """## How the numbers are made
 
 - Clips are rendered as arrays (`data_prep/arrays.py`), encoded by the model's own towers window by window and streamed
@@ -191,11 +195,39 @@ def headline(page: Page) -> str:
         own: dict[str, list[str]] = {}
         for (base, kind), (a, ok) in judged.items():
             if ok == reached:
-                own.setdefault(kind, []).append(f"{100 * a.value:.1f} % on base {base}")
+                seen = seen_combinations(page.full[base], kind)
+                own.setdefault(kind, []).append(f"{100 * a.value:.1f} % on base {base}{seen}")
         each = [f"{kind} (asked: {100 * BARS[kind]:.0f} %) {', '.join(values)}" for kind, values in own.items()]
         if each:
             told.append(f"**The model's own recall with its full cache, {word}:** {'; '.join(each)}.")
+    if crowded := full_windows(page.data):
+        told.append(f"**Unfair to rivals:** {crowded}")
     return "\n\n".join(told) + "\n"
+
+
+def seen_combinations(group: Sequence[Condition], kind: str) -> str:
+    """Accuracy of a kind on the combinations of attributes that training had, in words."""
+    right = [c.right[(np.array(c.questions.kinds) == kind) & ~c.questions.held_out] for c in group]
+    values = np.concatenate(right)
+    return f" ({100 * values.mean():.1f} % on combinations seen in training)" if len(values) else ""
+
+
+def full_windows(data: Data) -> str:
+    """Rivals that always keep their newest tokens, at budgets of which these take half or more; "" for none."""
+    rows: dict[str, dict[int, float]] = {}
+    for c in data.conditions("main"):
+        options = c.memory.get("selector_options") or {}
+        if c.memory.get("selector") in WINDOWS and c.budget is not None:
+            share = options.get("window_size", WINDOWS[c.memory["selector"]]) / c.budget
+            if share >= 0.5:
+                rows.setdefault(c.memory["selector"], {})[c.budget] = min(1.0, share)
+    if not rows:
+        return ""
+    told = []
+    for name, own in rows.items():
+        shares = ", ".join(f"{100 * x:.0f} % of {b}" for b, x in sorted(own.items()))
+        told.append(f"`{name}` spends {shares} tokens on the newest ones")
+    return f"{'; '.join(told)}. Tuning did not choose (or was not offered) a smaller window; read their rows there so."
 
 
 def measured(page: Page) -> str:

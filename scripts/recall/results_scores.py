@@ -160,12 +160,18 @@ def full_caches(data: Data) -> dict[int, list[Condition]]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting does, read from its memory spec, else from words in its name."""
+    """What a setting does, read from its memory spec, else from words in its name. `allocation` is "" for one shared
+    budget."""
 
     selector: str
     exact: bool
     redundancy: bool
-    split: bool
+    allocation: str
+
+    @property
+    def split(self) -> bool:
+        """Whether picture and sound have budgets of their own."""
+        return self.allocation != ""
 
 
 def rule(c: Condition) -> Rule:
@@ -175,10 +181,12 @@ def rule(c: Condition) -> Rule:
     options = c.memory.get("selector_options") or {}
     if "selector" not in c.memory:
         redundant = any(w in ("rho", "redundancy") for w in words[1:])
-        return Rule(selector, "approximate" not in words, redundant, any(w in ("split", "avba") for w in words))
+        allocation = next((w for w in words if w in ("split", "avba", "mass")), "")
+        return Rule(selector, "approximate" not in words, redundant, allocation)
     kind = options.get("redundancy", "later_key" if selector == "perturbation" else "none")
     exact = selector == "perturbation" and not options.get("approximate", False)
-    return Rule(selector, exact, kind != "none", c.memory.get("allocation", "shared") != "shared")
+    allocation = str(c.memory.get("allocation", "shared"))
+    return Rule(selector, exact, kind != "none", "" if allocation == "shared" else allocation)
 
 
 # Choice on validation clips, families of tests -----------------------------------------------------------------------

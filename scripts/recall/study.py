@@ -10,9 +10,11 @@ writes RESULTS.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
+import queue
 import sys
 import time
 import traceback
@@ -28,6 +30,7 @@ from scripts.recall.finetune import ARMS, SHORT
 from scripts.recall.jobs import Answers, Context, Pictures, Precision, SetSpec, Tune, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, FULL, OPTIONS, TUNED_AT, Form, best_of, choose, original_forms, other_forms
+from scripts.recall.modality import Modalities
 
 CONTROLS = ("full_lora", "critical_kv_lora", "window_lora", "fixed_lora")
 ABLATED = tuple(arm for arm in ARMS if arm.startswith("budget_lora_"))
@@ -139,6 +142,7 @@ def study_jobs(bases: int, chosen: Chosen, seeds: int) -> list[Any]:
     jobs += ablations(bases, chosen.perturbation)
     compared = at(dict.fromkeys([chosen.best, chosen.rival, chosen.augmented]), TUNED_AT)
     jobs += [Answers("sweep", 0, world_name(*w), compared, True, model_name=world_name(*w)) for w in WORLDS]
+    jobs += [Modalities(base, "test") for base in range(bases)]
     jobs += [long_job(base, chosen.best) for base in range(bases)]
     jobs += [Precision(base, at([chosen.best, chosen.rival], TUNED_AT)) for base in range(bases)]
     jobs += [Tune(0, arm, 0, chosen.best, (chosen.best,)) for arm in ABLATED]
@@ -165,7 +169,7 @@ def ablations(bases: int, best: Form) -> list[Any]:
 
     shared = {"allocation": "shared", "allocation_options": {}}
     variants = {
-        "perturbation as it is": base,
+        best.kind: base,
         "one shared budget": variant(**shared),
         "a shared budget with a floor of 0.25": variant(allocation="shared", allocation_options={"floor": 0.25}),
         "split 0.3": variant(allocation="split", allocation_options={"audio": 0.3}),
@@ -253,7 +257,7 @@ class Queue:
                 flying += 1
             if not flying:
                 break
-            job, found, seconds, error = self.answers.get()
+            job, found, seconds, error = self._next()
             flying -= 1
             if error:
                 self.failed.append(key(job))
@@ -263,12 +267,25 @@ class Queue:
                 continue
             scores[key(job)] = found
             self.done[key(job)] = [(repr(k), v) for k, v in found.items()]
+            self.record.write_text(json.dumps(self.done))
             name = f"{type(job).__name__} {getattr(job, 'study', '')} {getattr(job, 'arm', '')} base {job.base}"
             print(f"{seconds:6.1f} s  {name}  {len(left)} left", flush=True)
-        self.record.write_text(json.dumps(self.done))
         if left:
             print(f"time is over: {len(left)} jobs left", flush=True)
         return [scores.get(key(job)) or self._held(job) for job in jobs if key(job) in self.done]
+
+    def _next(self) -> Any:
+        """The next answer; waits as long as all workers live."""
+        while True:
+            try:
+                return self.answers.get(timeout=10)
+            except queue.Empty:
+                if dead := [p.exitcode for p in self.processes if p.exitcode is not None]:
+                    raise UserError(
+                        f"{len(dead)} worker processes died (exit codes {dead})",
+                        cause="most often the machine ran out of memory",
+                        remedy="call again with fewer --workers; what is done is kept",
+                    ) from None
 
     def _held(self, job: Any) -> dict[Any, float]:
         """Scores of a job done in an earlier call."""
@@ -283,44 +300,61 @@ class Queue:
             process.join()
 
 
+def check_work(context: Context) -> None:
+    """Clips encoded and answers given by other models or about other clips must not be taken for those of this call.
+
+    Raises:
+        UserError: `work` holds such.
+    """
+    context.work.mkdir(parents=True, exist_ok=True)
+    weights = [hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()[:16] for base in context.bases]
+    now, path = {"bases": weights, "sets": repr(dict(context.sets))}, context.work / "identity.json"
+    if path.exists() and json.loads(path.read_text()) != now:
+        raise UserError(f"{context.work} holds work on other models or clips", remedy="name another folder")
+    path.write_text(json.dumps(now))
+
+
 def run(context: Context, workers: int, budget_s: float, seeds: int) -> list[str]:
     """The whole study; what failed."""
     begun = time.perf_counter()
-    context.work.mkdir(parents=True, exist_ok=True)
+    check_work(context)
     bases = len(context.bases)
-    queue = Queue(context, workers, begun + budget_s)
+    jobs = Queue(context, workers, begun + budget_s)
     try:
-        queue.run([Encode(base, name) for base in range(bases) for name in ("val", "test", "pool")])
-        if queue.failed:
-            return queue.failed
+        jobs.run([Encode(base, name) for base in range(bases) for name in ("val", "test", "pool")])
+        if jobs.failed:
+            return jobs.failed
         first = [form for rule in OPTIONS for form in original_forms(rule)]
-        scores = mean_scores(queue.run(tuning_jobs(bases, first, 0)))
+        scores = mean_scores(jobs.run(tuning_jobs(bases, first, 0)))
         chosen = choose(scores)
+        if lacking := [rule for rule in OPTIONS if rule not in chosen]:
+            raise UserError(f"not tuned: {', '.join(lacking)}", "the time was over", "call again: what is done is kept")
         more = [form for rule in OPTIONS for form in other_forms(chosen[rule])]
-        scores |= mean_scores(queue.run(tuning_jobs(bases, more, len(first))))
+        scores |= mean_scores(jobs.run(tuning_jobs(bases, more, len(first))))
         choice = Chosen.of(scores)
         print(f"{time.perf_counter() - begun:.0f} s: tuned", *(f"{f.kind} {f.tuned}" for f in (
             choice.best, choice.rival, choice.augmented)), sep="\n  ", flush=True)  # fmt: skip
-        queue.run(study_jobs(bases, choice, seeds))
+        jobs.run(study_jobs(bases, choice, seeds))
     finally:
-        queue.close()
+        jobs.close()
     merge(context.work, context.results)
-    return queue.failed
+    return jobs.failed
 
 
 def run_short(context: Context, workers: int, budget_s: float, seeds: int) -> list[str]:
     """Fine-tuning and its controls on short clips, with the method that an earlier tuning chose; what failed."""
     begun, best = time.perf_counter(), Chosen.from_results(context.results).best
-    context.work.mkdir(parents=True, exist_ok=True)
+    check_work(context)
     bases = range(len(context.bases))
-    queue = Queue(context, workers, begun + budget_s)
+    jobs = Queue(context, workers, begun + budget_s)
     try:
-        queue.run([Encode(base, name) for base in bases for name in ("short", "short_pool")])
-        queue.run([Tune(b, arm, s, best, (best,), SHORT) for s in range(seeds) for b in bases for arm in MAIN_ARMS])
+        jobs.run([Encode(base, name) for base in bases for name in ("short", "short_pool")])
+        jobs.run([Modalities(base, SHORT.clip_set, SHORT.dtype) for base in bases])
+        jobs.run([Tune(b, arm, s, best, (best,), SHORT) for s in range(seeds) for b in bases for arm in MAIN_ARMS])
     finally:
-        queue.close()
+        jobs.close()
     merge(context.work, context.results)
-    return queue.failed
+    return jobs.failed
 
 
 @dataclass(frozen=True)

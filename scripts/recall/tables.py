@@ -285,12 +285,12 @@ def _same(a: Rule, b: Rule, *names: str) -> bool:
 
 def _exactness(a: Rule, b: Rule) -> bool:
     bound = a.selector == "critical_kv" or (a.selector == "perturbation" and not a.exact)
-    return bound and b.selector == "perturbation" and b.exact and _same(a, b, "redundancy", "split")
+    return bound and b.selector == "perturbation" and b.exact and _same(a, b, "redundancy", "allocation")
 
 
 ADDS: dict[str, Callable[[Rule, Rule], bool]] = {
     "exactness": _exactness,
-    "redundancy": lambda a, b: b.redundancy and not a.redundancy and _same(a, b, "selector", "exact", "split"),
+    "redundancy": lambda a, b: b.redundancy and not a.redundancy and _same(a, b, "selector", "exact", "allocation"),
     "split": lambda a, b: b.split and not a.split and _same(a, b, "selector", "exact", "redundancy"),
 }
 
