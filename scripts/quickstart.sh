@@ -15,9 +15,14 @@ python -m data_prep.render $run/clips --clips 84 --val 24 --test 4 --seconds 24 
     --no-narrate --seed 0 --workers 2
 
 say "2/4 fine-tuning checkpoints/tiny-omni (a small trained Qwen2.5-Omni thinker) under random memory budgets"
-if [ -d $run/train/checkpoints ] && grep -q '"step": 40,' $run/train/metrics.jsonl; then
+if [ -d $run/train ] && ! cmp -s recipes/quickstart.yaml $run/recipe.yaml; then
+    echo "the recipe has changed: beginning anew"
+    rm -rf $run/train $run/adapter $run/eval
+fi
+if [ -d $run/train/checkpoints/step-00000040 ]; then
     echo "kept: $run/train"
 else
+    mkdir -p $run && cp recipes/quickstart.yaml $run/recipe.yaml
     accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
         -m omnimem_train train recipes/quickstart.yaml train.resume=auto
 fi

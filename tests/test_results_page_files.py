@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from omnimem_train.errors import UserError
 from omnimem_train.stats import accuracy
 from scripts.recall import tables, tables_studies
 from scripts.recall.load import load
-from scripts.recall.results import main
+from scripts.recall.results import main, write
 from scripts.recall.results_scores import pooled
 
 
@@ -201,3 +202,15 @@ def test_a_silent_answer_counts_as_wrong_and_is_counted(folder: Folder) -> None:
     found = accuracy(pooled(tuple(page.main.full)))
     assert (found.failed, found.value) == (3, pytest.approx((384 - 3) / 400))
     assert "| main | 1 | 2 | test | 1,030 | 800 | 3 |" in folder.text()
+
+
+def test_the_page_in_the_repository_is_what_the_saved_answers_give(tmp_path: Path) -> None:
+    """Both are committed; neither may change without the other."""
+    root = Path(__file__).parents[1]
+    copy = tmp_path / "scripts" / "recall" / "results"
+    shutil.copytree(root / "scripts" / "recall" / "results", copy)
+    shutil.rmtree(copy / "figures")
+    write(copy, tmp_path / "RESULTS.md")
+    assert (tmp_path / "RESULTS.md").read_text() == (root / "RESULTS.md").read_text()
+    drawn = {p.name: p.read_text() for p in (copy / "figures").glob("*.svg")}
+    assert drawn == {p.name: p.read_text() for p in (root / "scripts/recall/results/figures").glob("*.svg")}

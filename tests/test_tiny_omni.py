@@ -11,6 +11,7 @@ from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditio
 
 from data_prep.streams import WorldStreams
 from data_prep.world import WorldSettings, make_clip
+from omnimem_train.export import adapter_memory
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
@@ -49,3 +50,17 @@ def test_it_remembers_unseen_clips(model: Qwen2_5OmniStreaming) -> None:
     assert full["together"] >= 0.7
     small = by_kind(asker, asker.answers(Form("sliding_window").spec(20)))
     assert small["all"] < full["all"] - 0.2
+
+
+def test_the_adapter_is_of_this_base_and_changes_what_a_small_memory_tells(model: Qwen2_5OmniStreaming) -> None:
+    folder = FOLDER.with_name("tiny-omni-budget-lora")
+    tuned = load_model(FOLDER, dtype="float32", device="cpu", adapter=folder)
+    assert isinstance(tuned, Qwen2_5OmniStreaming)
+    spec = adapter_memory(folder, tuned)
+    assert spec.budget == 24
+    specs = [make_clip(WorldSettings(seconds=24.0), 6, "val", i) for i in range(16)]
+    askers = [
+        Asker(streams, clip_set(streams, specs, 12)) for streams in (WorldStreams(m, 112) for m in (model, tuned))
+    ]
+    base, adapted = (by_kind(asker, asker.answers(spec))["all"] for asker in askers)
+    assert adapted > base
