@@ -350,6 +350,9 @@ def run_short(context: Context, workers: int, budget_s: float, seeds: int) -> li
     try:
         jobs.run([Encode(base, name) for base in bases for name in ("short", "short_pool")])
         jobs.run([Modalities(base, SHORT.clip_set, SHORT.dtype) for base in bases])
+        untouched: dict[str, Any] = {"full": True, "dtype": SHORT.dtype, "chunk": SHORT.chunk}
+        asked = at([best], SHORT.asked)
+        jobs.run([Answers("finetune", base, SHORT.clip_set, asked, **untouched) for base in bases])
         jobs.run([Tune(b, arm, s, best, (best,), SHORT) for s in range(seeds) for b in bases for arm in MAIN_ARMS])
     finally:
         jobs.close()
