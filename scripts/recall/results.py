@@ -23,7 +23,16 @@ from omnimem_train.errors import UserError
 from omnimem_train.report_eval import without_folders
 from scripts.recall import figures, tables, tables_studies
 from scripts.recall.load import STUDIES, Condition, Data, Questions, load
-from scripts.recall.results_goals import BARS, UNMEASURED, Verdict, fine_tuning, lines, own_recall, training_free
+from scripts.recall.results_goals import (
+    BARS,
+    UNMEASURED,
+    Verdict,
+    crowded,
+    fine_tuning,
+    lines,
+    own_recall,
+    training_free,
+)
 from scripts.recall.results_scores import Scores, excluded_kinds, full_caches, grid
 from scripts.recall.tables import Page
 
@@ -152,8 +161,6 @@ def text(page: Page, sweep: tables_studies.Found, paths: dict[str, str]) -> str:
     return "\n".join(section for section in sections if section)
 
 
-WINDOWS = {"snapkv": 64, "critical_kv": 64}  # newest tokens that are kept whatever they score, by default
-
 HOW = """## How the numbers are made
 
 - Clips are rendered as arrays (`data_prep/arrays.py`), encoded by the model's own towers window by window and streamed
@@ -214,20 +221,15 @@ def seen_combinations(group: Sequence[Condition], kind: str) -> str:
 
 def full_windows(data: Data) -> str:
     """Rivals that always keep their newest tokens, at budgets of which these take half or more; "" for none."""
-    rows: dict[str, dict[int, float]] = {}
-    for c in data.conditions("main"):
-        options = c.memory.get("selector_options") or {}
-        if c.memory.get("selector") in WINDOWS and c.budget is not None:
-            share = options.get("window_size", WINDOWS[c.memory["selector"]]) / c.budget
-            if share >= 0.5:
-                rows.setdefault(c.memory["selector"], {})[c.budget] = min(1.0, share)
-    if not rows:
-        return ""
     told = []
-    for name, own in rows.items():
+    for name, own in crowded(data).items():
         shares = ", ".join(f"{100 * x:.0f} % of {b}" for b, x in sorted(own.items()))
         told.append(f"`{name}` spends {shares} tokens on the newest ones")
-    return f"{'; '.join(told)}. Tuning did not choose (or was not offered) a smaller window; read their rows there so."
+        smaller = [c for c in data.conditions("ablation") if c.memory.get("selector") == name]
+        if smaller:
+            found = ", ".join(f"{100 * c.right.mean():.1f} % at {c.budget}" for c in smaller)
+            told[-1] += f" (measured since, `{smaller[0].method}`: {found})"
+    return f"{'; '.join(told)}. Tuning did not choose, or was not offered, a smaller window." if told else ""
 
 
 def measured(page: Page) -> str:

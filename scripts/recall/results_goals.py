@@ -194,6 +194,8 @@ def lacking_main(data: Data, main: Grid) -> list[str]:
         forms = {(False, False): "original", (False, True): "split", (True, False): "redundancy"}
         if missing := [word for form, word in forms.items() if form not in own]:
             told.append(f"{name} without its {' and '.join(missing)} form")
+    if crowded(data):
+        told.append(f"windows of {' and '.join(RIVALS[name] for name in crowded(data))} that leave room to choose")
     if main.partial:
         told.append(f"settings that a base model lacks: {len(main.partial)}, e.g. {main.partial[0]}")
     if not data.conditions("tuning"):
@@ -202,6 +204,21 @@ def lacking_main(data: Data, main: Grid) -> list[str]:
 
 
 # Goal 2 --------------------------------------------------------------------------------------------------------------
+
+WINDOWS = {"snapkv": 64, "critical_kv": 64}  # newest tokens that are kept whatever they score, by default
+
+
+def crowded(data: Data) -> dict[str, dict[int, float]]:
+    """Rivals with a protected window, and by budget the share it takes, where that is half or more."""
+    rows: dict[str, dict[int, float]] = {}
+    for c in data.conditions("main"):
+        name, options = c.memory.get("selector"), c.memory.get("selector_options") or {}
+        if name in WINDOWS and c.budget is not None:
+            share = options.get("window_size", WINDOWS[name]) / c.budget
+            if share >= 0.5:
+                rows.setdefault(name, {})[c.budget] = min(1.0, share)
+    return rows
+
 
 Lines = Mapping[tuple[str, str], Mapping[tuple[int, int | None], Mapping[int | None, Condition]]]
 """By (arm, method), (base, seed) and budget; the full cache is budget None of the method "full" of its arm."""
