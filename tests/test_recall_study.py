@@ -17,12 +17,12 @@ from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.step import answer_logits
 from omnimem_train.streaming import Stream
-from scripts.recall.enough import main as enough
 from scripts.recall.finetune import ARMS, MINUTE, WorldSource, WorldTurns, configure
 from scripts.recall.jobs import Answers, Context, SetSpec, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, original_forms, other_forms
 from scripts.recall.pretrain import LEVELS, new_model, one_pass, save_model
+from scripts.recall.pretrain import main as pretrain
 from scripts.recall.study import Chosen, sets, study_jobs
 from scripts.recall.towers import align, label_tensors, tower_outputs, words_of
 from scripts.recall.turns import FORMS, TRACKED, Batch, TurnBatches, choices, rendered
@@ -212,13 +212,16 @@ def test_aligned_towers_say_what_they_show_in_words(model: Qwen2_5OmniStreaming)
     assert float(kept.mean()) > 0.3
 
 
-def test_enough_reads_the_last_validation(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    rows = [
-        {"stage": "val", "colour": 0.2, "pitch": 0.2},
-        {"stage": "val", "colour": 0.9, "pitch": 0.8},
-        {"stage": "x"},
-    ]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert enough(str(log), "0.8", "colour", "pitch") == 0
-    assert enough(str(log), "0.85", "colour", "pitch") == 1
+@pytest.mark.slow
+def test_pre_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Two calls of one step each: the second starts from the first one's weights, step and time, with new batches."""
+    common = ["--clips", "8", "--workers", "0", "--device", "cpu", "--val", "1", "--tower-batch", "1", "--seed", "0"]
+    pretrain([str(tmp_path), "--minutes", "9", "--towers-s", "1", "--max-steps", "1", *common])
+    first = torch.load(tmp_path / "state.pt")
+    pretrain([str(tmp_path), "--minutes", "9", "--towers-s", "1", "--max-steps", "2", *common])
+    second = torch.load(tmp_path / "state.pt")
+    assert (first["step"], second["step"]) == (1, 2)
+    assert second["used_s"] > first["used_s"] and second["total_s"] == first["total_s"] == 9 * 60 - 1
+    assert any(not torch.equal(a, b) for a, b in zip(first["master"], second["master"], strict=True))
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert stages.count("aligned") == 1 and stages.count("val") == 2

@@ -289,17 +289,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     log({"stage": "pool", "clips": len(specs), "tokens": media.shape[1], "seconds": time.perf_counter() - begun})
 
     level = multiprocessing.Value("i", a.level)
-    data = TurnBatches(model, specs, LEVELS, level, seed=a.seed)
+    state = torch.load(state_path, map_location=device) if state_path.exists() else None
+    data = TurnBatches(model, specs, LEVELS, level, seed=a.seed, start=state["step"] if state else 0)
     batches = DataLoader(data, batch_size=None, num_workers=a.workers, prefetch_factor=4 if a.workers else None)
     decoder = Decoder(model, streams, media, batches, level, a.lr)
-    if state_path.exists():
-        decoder.load_state_dict(torch.load(state_path, map_location=device))
+    total_s = a.minutes * 60 - (a.towers_s if held is None and a.towers is None else 0)
+    if state:
+        decoder.load_state_dict(state)
+        total_s = state["total_s"]
 
     def save(d: Decoder) -> None:
         save_model(model, a.out / "model")
-        torch.save(d.state_dict(), state_path)
+        torch.save(d.state_dict() | {"total_s": total_s}, aside := state_path.with_suffix(".part"))
+        aside.rename(state_path)
 
-    decoder.train(a.minutes * 60 - (a.towers_s if held is None and a.towers is None else 0), log, save, a.max_steps)
+    decoder.train(total_s, log, save, a.max_steps)
     save(decoder)
     log({"stage": "trained", "step": decoder.step, "seconds": time.perf_counter() - begun})
     del decoder, media

@@ -158,7 +158,7 @@ class TurnBatches(IterableDataset[bytes]):
         specs: the pool, all of one length and slot length.
         levels: (seconds of a crop, crops in a batch, questions of each), from first to last of the curriculum.
         level: shared with the training process, which raises it.
-        seed: of everything drawn.
+        seed: of everything drawn. start: step that the first batch is for; batches of another start are others.
     """
 
     def __init__(
@@ -168,15 +168,16 @@ class TurnBatches(IterableDataset[bytes]):
         levels: Sequence[tuple[int, int, int]],
         level: multiprocessing.sharedctypes.Synchronized[int],
         seed: int = 0,
+        start: int = 0,
     ) -> None:
         self.model, self.specs, self.levels, self.level = model, specs, levels, level
-        self.seed = seed
+        self.seed, self.start = seed, start
 
     def __iter__(self) -> Iterator[bytes]:
         info = get_worker_info()
         worker = info.id if info else 0
-        rng = np.random.default_rng((self.seed, worker))
-        maker = QuestionMaker(self.seed * 1000 + worker, 0)
+        rng = np.random.default_rng((self.seed, worker, self.start))
+        maker = QuestionMaker(int(rng.integers(2**31)), 0)
         while True:
             level = self.level.value
             if level and rng.random() < 0.2:  # earlier lengths are not forgotten
