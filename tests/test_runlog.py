@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,9 @@ def test_time_goes_on_after_a_resume(tmp_path: Path) -> None:
 def test_resume_before_anything_was_logged(tmp_path: Path) -> None:
     with RunLog(tmp_path, resumed_at=0, console=lambda _: None) as log:
         log.log(1, {"loss": 1.0})
+    time.sleep(
+        1.01
+    )  # event files are read in the order of their names: the second, then a count that is no fixed width
     with RunLog(tmp_path, resumed_at=0, console=lambda _: None) as log:
         log.log(1, {"loss": 2.0})
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
