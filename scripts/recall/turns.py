@@ -21,7 +21,7 @@ from omnimem_train.models.interface import RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.tiny import WORDS
 
 # How a question is put: in the words of two benchmarks, without options, and two easy forms that teach what a letter
-# stands for. On letters alone a small model stays at chance long after it knows every answer.
+# stands for. Letters come late: a small model stays at chance with them while it already answers in words.
 DIRECT = CLOZE.format(question="{}")
 LOOKUP = "Which option says {}?"
 REASON = "{} Say it, then its letter."
