@@ -141,6 +141,17 @@ def test_lora_of_the_first_chunk_gets_gradient(nano: StreamingModel) -> None:
     assert float((everything[name] - cut[name]).abs().max()) > 1e-4 * float(everything[name].abs().max())
 
 
+def test_gradient_through_memory_is_that_of_one_pass(nano: StreamingModel) -> None:
+    """With nothing dropped, chunks change no gradient: keys and values of earlier chunks carry all of theirs."""
+    model = with_adapter(nano)
+    stream = encoded(model, TURNS[:1])
+    full = MemorySpec(selector="full", budget=None, chunk_tokens=40)
+    chunked = gradients(model, step(model, stream, full).loss)
+    whole = gradients(model, step(model, stream, full.replace(chunk_tokens=10**6)).loss)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
+
+
 def test_distillation(nano: StreamingModel) -> None:
     model = with_adapter(nano, scale=0.0)
     stream, full = encoded(model, TURNS), MemorySpec(selector="full", budget=None, chunk_tokens=40)

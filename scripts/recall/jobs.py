@@ -112,7 +112,7 @@ class Answers:
         study, base, arm, seed: as in the results folder. clip_set: name.
         forms: (form, budget) pairs, measured in this order; with `full`, the full cache too.
         part: number of the part, where one file is measured in several.
-        specs: further settings by name: (memory, description).
+        specs: further settings: (name, memory, method), all of one `family`.
         chunk: tokens of a chunk, for the forms.
     """
 
@@ -128,6 +128,7 @@ class Answers:
     dtype: str = "bfloat16"
     model_name: str = ""
     chunk: int = CHUNK
+    family: str = "omnimem"
 
     @property
     def model(self) -> str:
@@ -156,7 +157,7 @@ class Answers:
             found[name] = asker.answers(spec)
             budget = "full" if spec.unlimited else spec.budget
             share = 1.0 if spec.unlimited else float(spec.budget or 0) / media
-            about = {"family": "omnimem", "budget": budget, "share": share, "tuned": {}, "memory": spec.to_dict()}
+            about = {"family": self.family, "budget": budget, "share": share, "tuned": {}, "memory": spec.to_dict()}
             described[name] = {"method": method} | about
         write_part(context, self, asker, found, described)
         return scores
