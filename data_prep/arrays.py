@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.world import COLOURS, PATTERNS, PITCHES, SHAPES, ClipSpec, Distractor, Sight, WorldSettings
+from data_prep.world import COLOURS, PATTERNS, PITCHES, SHAPES, ClipSpec, Distractor, Sight, Sound, WorldSettings
 
 FAINT_CONTRAST, FAINT_AMPLITUDE = 0.45, 0.2  # of the colour over the background; of the usual amplitude
 AMPLITUDE, FLOOR = 0.3, 0.004  # of events; of the noise that is always there
@@ -115,9 +116,30 @@ def token_labels(spec: ClipSpec) -> dict[str, np.ndarray]:
                 covered[k, cell] = overlap
     audio = np.zeros((round(s.seconds * AUDIO_TOKENS_PER_S), 2), np.int64)
     for sound in spec.sounds:
-        begin, end = (math.ceil(t * AUDIO_TOKENS_PER_S - 0.5) for t in (sound.start_s, sound.end_s))
-        audio[begin:end] = PATTERNS.index(sound.pattern) + 1, pitches.index(sound.pitch) + 1
+        audio[_audio_tokens(sound)] = PATTERNS.index(sound.pattern) + 1, pitches.index(sound.pitch) + 1
     return {"visual": visual, "audio": audio}
+
+
+def occurrences(spec: ClipSpec) -> dict[str, np.ndarray]:
+    """For each token of `token_labels` that shows an event: is it the first, second, ... occurrence of its shape or
+    pattern in the clip? (1, 2, ...; 0 where nothing is shown.) Shapes "visual" (seconds, cells), "audio" (tokens,)."""
+    labels = token_labels(spec)
+    visual, audio = (np.zeros(labels[kind].shape[:-1], np.int64) for kind in ("visual", "audio"))
+    seen: Counter[str] = Counter()
+    for e in spec.sights:
+        seen[e.shape] += 1
+        place = slice(int(e.start_s), math.ceil(e.end_s)), e.row * spec.settings.grid + e.column
+        visual[place][labels["visual"][place][:, 0] == SHAPES.index(e.shape) + 1] = seen[e.shape]
+    for sound in spec.sounds:
+        seen[sound.pattern] += 1
+        audio[_audio_tokens(sound)] = seen[sound.pattern]
+    return {"visual": visual, "audio": audio}
+
+
+def _audio_tokens(sound: Sound) -> slice:
+    """The audio tokens whose middle lies in a sound."""
+    begin, end = (math.ceil(t * AUDIO_TOKENS_PER_S - 0.5) for t in (sound.start_s, sound.end_s))
+    return slice(begin, end)
 
 
 def shape_mask(shape: str, side: int) -> np.ndarray:

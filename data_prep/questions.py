@@ -3,7 +3,8 @@
 - "colour" of a shape, "pitch" of a sound;
 - "together": which shape was seen when a sound was heard that occurs once, or which sound was heard when a shape was
   seen that occurs once;
-- "order": which of four shapes, four sounds or two of each came first (their first occurrences count);
+- "order": which of four shapes, four sounds or two of each came first (their first occurrences count); the question
+  names all four, so that it can be asked without options too;
 - "count": how many times something was seen or heard, once to four times;
 - "when": in which quarter of the clip something was seen or heard that occurs once.
 
@@ -188,13 +189,14 @@ class QuestionMaker:
 
     def _order(self, clip: _Clip, which: str) -> Question | None:
         if which == "mixed":
-            text, names = "Which of these came first?", self._mixed(clip)
+            names = self._mixed(clip)
         else:
-            text = f"Which of these {'shapes' if which == 'seen' else 'sounds'} came first?"
             there = list(clip.all(which))
             names = self._rng.sample(there, 4) if len(there) >= 4 else []
         if not names:
             return None
+        *others, last = self._rng.sample(names, 4)
+        text = f"Which came first: the {', the '.join(others)} or the {last}?"
         first = {name: events[0] for events_of in (clip.seen, clip.heard) for name, events in events_of.items()}
         names.sort(key=lambda name: first[name].start_s)
         known_s = max(first[name].end_s for name in names)

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from omnimem_train.errors import UserError
 
-VERSION = 2  # of the rules below: a change that alters pixels, samples or questions raises it
+VERSION = 3  # of the rules below: a change that alters pixels, samples or questions raises it
 SPLITS = ("train", "val", "test")
 SHAPES = (
     "circle", "square", "triangle", "cross", "ring", "diamond", "bar", "box",

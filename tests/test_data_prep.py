@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_prep import render as rendering
-from data_prep.arrays import render_frames, render_sound, shape_mask, token_labels
+from data_prep.arrays import occurrences, render_frames, render_sound, shape_mask, token_labels
 from data_prep.encode import comment_of
 from data_prep.manifests import manifests
 from data_prep.render import RenderConfig, clip_path, main, render, specs
@@ -219,6 +219,22 @@ def test_labels_name_what_tokens_show() -> None:
     assert (labels["audio"][:, 0] > 0).mean() == pytest.approx(covered, abs=0.01)
     assert ((labels["visual"][..., 0] > 0).sum(1) <= 2).all()  # two events at most meet in a second
     assert ((labels["visual"] > 0).all(-1) == (labels["visual"] > 0).any(-1)).all()
+
+
+def test_occurrences_count_what_tokens_show() -> None:
+    spec = make_clip(WorldSettings(copies=1.5), 0, "val", 2)
+    labels, found = token_labels(spec), occurrences(spec)
+    for kind in ("visual", "audio"):
+        assert ((found[kind] > 0) == (labels[kind][..., 0] > 0)).all()
+    for pattern in {e.pattern for e in spec.sounds}:
+        numbers = found["audio"][labels["audio"][:, 0] == PATTERNS.index(pattern) + 1]
+        assert list(dict.fromkeys(numbers.tolist())) == list(
+            range(1, sum(e.pattern == pattern for e in spec.sounds) + 1)
+        )
+    for shape in {e.shape for e in spec.sights}:
+        numbers = found["visual"][labels["visual"][..., 0] == SHAPES.index(shape) + 1]
+        assert list(dict.fromkeys(numbers.tolist())) == list(range(1, sum(e.shape == shape for e in spec.sights) + 1))
+    assert found["audio"].max() > 1 and found["visual"].max() > 1
 
 
 def test_files_are_what_was_drawn(out: Path) -> None:

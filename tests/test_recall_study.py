@@ -99,7 +99,7 @@ def test_one_pass_equals_the_stream_loop() -> None:
     asked = choices(trained, [maker.ask(s, 3) for s in specs], "manifest")
     turns, media = [choice.turn for choice in asked], streams.encode(specs)
     with torch.no_grad():
-        found = one_pass(trained, streams.joined(media, 12.0, turns))
+        found, _ = one_pass(trained, streams.joined(media, 12.0, turns))
         stream = Stream(trained, MemorySpec(selector="full", budget=None))
         wanted = torch.cat(answer_logits(stream, streams.stream(media, 12.0, turns))[0])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)

@@ -42,11 +42,12 @@ from omnimem_train.rng import versions
 from scripts.recall.asking import Asker, by_kind, clip_set
 from scripts.recall.optimise import MasterWeights, lr_at
 from scripts.recall.towers import align, train_towers
-from scripts.recall.turns import TRACKED, VOCABULARY, Batch, TurnBatches, words
+from scripts.recall.turns import TRACKED, VOCABULARY, Batch, TurnBatches, count_ids, words
 
 LEVELS = ((12, 40, 10), (24, 32, 14), (60, 16, 24))  # seconds of a crop, crops in a batch, questions of each
 SHARES = (0.45, 0.7)  # of stage 2's time by which level 1, 2 begins at the latest
 READY = 0.85
+COUNTED_AT = 4  # before this layer an event's token says the how-manieth of its kind it is; the later ones read that
 SPEC = MemorySpec(selector="full", budget=None, chunk_tokens=10**6)
 Log = Callable[[dict[str, Any]], None]
 
@@ -111,15 +112,21 @@ def start_decoder(model: Qwen2_5OmniStreaming, seed: int) -> None:
         layer.self_attn.q_proj.weight[: group * width] = like.repeat(group, 1)
 
 
-def one_pass(model: StreamingModel, joined: Joined) -> Tensor:
-    """(m, vocabulary) logits of the supervised tokens, streams and turns in one pass: turns see the stream and not each
-    other. As `answer_logits` with an unlimited memory."""
+def one_pass(model: StreamingModel, joined: Joined) -> tuple[Tensor, Tensor]:
+    """Streams and turns in one pass: turns see the stream and not each other. As `answer_logits` with an unlimited
+    memory.
+
+    Returns:
+        (m, vocabulary) logits of the supervised tokens, and (B, n, E) the hidden states before layer `COUNTED_AT`.
+    """
     owner = torch.arange(len(joined.lengths)).repeat_interleave(torch.tensor(joined.lengths)).to(model.device)
     mask = ((owner[:, None] == owner) | (owner == 0)).tril()
     hidden, rope = joined.embeds, model.rope(joined.positions)
+    middle = hidden
     for layer in range(model.n_layers):
+        middle = hidden if layer == COUNTED_AT else middle
         hidden = model.run_layer(layer, hidden, rope, Tap(mask=mask), {})
-    return model.logits(hidden[joined.read[:, 0], joined.read[:, 1]])
+    return model.logits(hidden[joined.read[:, 0], joined.read[:, 1]]), middle
 
 
 def fuse_norms(module: nn.Module) -> None:
@@ -160,6 +167,7 @@ class Decoder:
             part.requires_grad_(True)  # type: ignore[union-attr]
         self.weights = MasterWeights(model.module)
         fuse_norms(model.parts.text)
+        self.times = torch.tensor(count_ids(model), device=model.device)
         self.step, self.used_s = 0, 0.0
         self.right = torch.zeros(len(TRACKED), device=model.device)  # running share of right letters at this level
         self.seen = torch.zeros(len(TRACKED), device=model.device)
@@ -189,17 +197,28 @@ class Decoder:
             ]
         )
         joined = self.streams.joined(media, batch.seconds, batch.turns)
-        logits = one_pass(self.model, joined)
+        logits, middle = one_pass(self.model, joined)
         each = cross_entropy(logits.float(), joined.targets, reduction="none")
         *_, facts, story = joined.sizes
         parts = each.split([len(each) - facts - story, facts, story])
         answers, listed, told = (part.mean() for part in parts)
-        (answers + listed + told).backward()
+        counted = self._counting_loss(batch, middle)
+        (answers + listed + told + 0.5 * counted).backward()
         norm = self.weights.step(lr_at(self.peak_lr, self.step, done))
         if batch.seconds == LEVELS[self.level.value][0]:
             self._note(batch, joined, logits)
-        row = {"answers": answers, "facts": listed, "narration": told, "grad_norm": norm}
+        row = {"answers": answers, "facts": listed, "narration": told, "counting": counted, "grad_norm": norm}
         return {name: x.detach() for name, x in row.items()}
+
+    def _counting_loss(self, batch: Batch, middle: Tensor) -> Tensor:
+        """Cross-entropy of "once", "twice", ... read off the tokens of events, of those that are the first to the
+        fourth of their shape or pattern. Without it a small model does not learn to count in minutes."""
+        order = self.streams.layout(batch.seconds).order
+        media = middle[:, self.streams.opening_tokens :][:, : len(order)]
+        number = batch.occurrences[:, order].long().to(middle.device)
+        known = (number > 0) & (number <= len(self.times))
+        logits = self.model.logits(media[known])[:, self.times]
+        return cross_entropy(logits.float(), number[known] - 1)
 
     @torch.no_grad()
     def _note(self, batch: Batch, joined: Joined, logits: Tensor) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data_prep.questions import KINDS, LIST, NARRATE, Question, QuestionMaker, facts, narration
+from data_prep.arrays import occurrences
+from data_prep.questions import KINDS, LIST, NARRATE, TIMES, Question, QuestionMaker, facts, narration
 from data_prep.streams import PackedTurn, pack
 from data_prep.world import COLOURS, PATTERNS, PITCHES, SHAPES, ClipSpec, crop
 from omnimem_train.benchmarks import CLOZE, PROMPTS, choice_prompt
@@ -38,7 +39,7 @@ VOCABULARY = 1600  # entries of the tokenizer before its control tokens
 
 def words() -> str:
     """What the tokenizer's merges are learned from: every word a question, an option or an answer can hold."""
-    fixed = """How many times was the seen heard Which shape sound came first these In which part of video once twice
+    fixed = """How many times was the seen heard Which shape sound came first or In which part of video once twice
     three four quarter second third last and all A B C D What colour pitch when with nothing often facts"""
     text = " ".join(
         [WORDS, fixed, *SHAPES, *COLOURS, *PATTERNS, *PITCHES, *PROMPTS.values(), DIRECT, NARRATE, LOOKUP, REASON]
@@ -46,6 +47,11 @@ def words() -> str:
     for mark in "{}().,:;?\n":
         text = text.replace(mark, " ")
     return " ".join(dict.fromkeys(text.split()))
+
+
+def count_ids(model: StreamingModel) -> list[int]:
+    """The first token of "once", "twice", ..., as a fact says them."""
+    return [model.tokenizer(f" {times}", add_special_tokens=False)["input_ids"][0] for times in TIMES]
 
 
 def rendered(model: StreamingModel, q: Question, form: str) -> RenderedTurn:
@@ -130,6 +136,7 @@ class Batch:
         clips: (B,) int64 which clip of the pool. starts: where each crop begins, seconds.
         turns: question slots, then one of facts and one of narration.
         letters: (k, 3) int64: for each letter its slot, its place among the slot's targets, what it tells (`TRACKED`).
+        occurrences: (B, T) uint8 of each media token, pictures' before sound's (`data_prep.arrays.occurrences`).
     """
 
     seconds: int
@@ -137,6 +144,7 @@ class Batch:
     starts: list[int]
     turns: list[PackedTurn]
     letters: Tensor
+    occurrences: Tensor
 
     def pack(self) -> bytes:
         """For the way between processes: torch would open a shared file for every tensor."""
@@ -203,6 +211,12 @@ class TurnBatches(IterableDataset[bytes]):
         turns.append(pack([listed(self.model, facts(spec, draw)) for spec in cut], "facts"))
         told = [narration(spec) for spec in cut]
         turns.append(pack([self.model.render(Turn(NARRATE, text or "nothing")) for text in told], "narration"))
-        return Batch(
-            seconds, torch.from_numpy(clips), starts, turns, torch.tensor(letters, dtype=torch.int64).view(-1, 3)
-        )
+        places = torch.tensor(letters, dtype=torch.int64).view(-1, 3)
+        return Batch(seconds, torch.from_numpy(clips), starts, turns, places, media_occurrences(cut))
+
+
+def media_occurrences(specs: Sequence[ClipSpec]) -> Tensor:
+    """(B, T) uint8, as `Batch.occurrences`."""
+    found = [occurrences(spec) for spec in specs]
+    rows = [np.concatenate([f["visual"].flatten(), f["audio"]]) for f in found]
+    return torch.from_numpy(np.stack(rows).astype(np.uint8))
