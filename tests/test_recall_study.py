@@ -19,7 +19,7 @@ from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.step import answer_logits
 from omnimem_train.streaming import Stream
 from scripts.recall.finetune import ARMS, MINUTE, WorldSource, WorldTurns, configure
-from scripts.recall.jobs import Answers, Context, SetSpec, merge
+from scripts.recall.jobs import Answers, Context, SetSpec, Tune, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, original_forms, other_forms
 from scripts.recall.pretrain import LEVELS, new_model, one_pass, save_model
@@ -132,8 +132,16 @@ def test_tuning_takes_the_best_of_each_kind() -> None:
 
 def test_all_jobs_of_the_study_have_names_of_their_own() -> None:
     form = Form("perturbation", rho=True, allocation=0.5)
-    chosen = Chosen({form.kind: form, "snapkv": Form("snapkv")}, form, Form("snapkv"), Form("snapkv", rho=True), form)
+    tuned = Form("critical_kv", (("window_size", 8),))
+    forms = {f.kind: f for f in (form, tuned, Form("snapkv"), Form("sliding_window"))}
+    strong = (Form("snapkv"), Form("snapkv", rho=True))
+    chosen = Chosen(forms, form, Form("snapkv"), Form("snapkv", rho=True), form, strong)
     jobs = study_jobs(2, chosen, 3)
+    tunes = {job.arm: job for job in jobs if isinstance(job, Tune)}
+    assert tunes["critical_kv_lora"].loop == tuned
+    assert tunes["critical_kv_lora"].read == (form, tuned)
+    assert tunes["window_lora"].loop.rule == "sliding_window" and tunes["window_lora"].read == (form,)
+    assert tunes["budget_lora"].loop == tunes["fixed_lora"].loop == form
     assert len({repr(job) for job in jobs}) == len(jobs)
     answers = [job for job in jobs if isinstance(job, Answers)]
     places = {(job.study, job.model, job.part) for job in answers}
@@ -190,7 +198,7 @@ def test_arms_differ_in_the_loop_alone(base: Path) -> None:
     assert len(same) == 1
     assert runs["full_lora"].budgets.smallest is None
     assert runs["fixed_lora"].budgets.choices == (BUDGETS[-2],)
-    assert runs["critical_kv_lora"].memory.selector == "critical_kv"
+    assert {arm for arm, a in ARMS.items() if a.rival} == {"critical_kv_lora", "window_lora"}
     assert runs["budget_lora"].memory == best.spec(BUDGETS[-2])
     assert replace(runs["budget_lora"].budgets, seed=0) == replace(runs["critical_kv_lora"].budgets, seed=0)
     assert LEVELS[-1][0] == 60

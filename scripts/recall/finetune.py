@@ -76,13 +76,13 @@ class Arm:
     """What one fine-tuning differs in.
 
     Attributes:
-        memory: the selector in the loop; None for the study's best.
+        rival: the rule in the loop, in its tuned original form; None for the study's best method.
         budgets: how they are drawn (`Scale.budgets`).
         gradient, loss: of the loop.
         narrate: also ask for everything in order.
     """
 
-    memory: Form | None = None
+    rival: str | None = None
     budgets: str = "random"
     gradient: Gradient = ALL
     loss: LossConfig = field(default_factory=LossConfig)
@@ -92,8 +92,8 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "budget_lora": Arm(),
     "full_lora": Arm(budgets="full"),
-    "critical_kv_lora": Arm(memory=Form("critical_kv")),
-    "window_lora": Arm(memory=Form("sliding_window")),
+    "critical_kv_lora": Arm(rival="critical_kv"),
+    "window_lora": Arm(rival="sliding_window"),
     "fixed_lora": Arm(budgets="fixed"),
     "budget_lora_last1": Arm(gradient=replace(ALL, kind="last", chunks=1)),
     "budget_lora_last4": Arm(gradient=replace(ALL, kind="last", chunks=4)),
@@ -103,14 +103,13 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def configure(arm: str, base: Path, out: Path, best: Form, scale: Scale, seed: int, lr: float = 5e-4) -> RunConfig:
-    """The run of an arm."""
+def configure(arm: str, base: Path, out: Path, loop: Form, scale: Scale, seed: int, lr: float = 5e-4) -> RunConfig:
+    """The run of an arm with the method `loop` in it."""
     a = ARMS[arm]
-    form = best if a.memory is None else a.memory
     return RunConfig(
         model=ModelConfig(path=str(base), dtype=scale.dtype),
         lora=LoraSettings(r=32, alpha=64.0),
-        memory=form.spec(scale.fixed, scale.chunk),
+        memory=loop.spec(scale.fixed, scale.chunk),
         budgets=scale.budgets(a.budgets, seed),
         gradient=a.gradient,
         loss=a.loss,

@@ -245,13 +245,13 @@ class Tune:
 
     Attributes:
         base, arm, seed: which run. scale: how large.
-        best: what is in the loop unless the arm says otherwise. read: what the answers are measured with.
+        loop: the method in the loop. read: what the answers are measured with.
     """
 
     base: int
     arm: str
     seed: int
-    best: Form
+    loop: Form
     read: tuple[Form, ...]
     scale: Scale = MINUTE
 
@@ -260,7 +260,7 @@ class Tune:
         name, scale = adapter_name(self.base, self.arm, self.seed), self.scale
         out = context.work / "runs" / name
         pool = context.clips(self.base, scale.pool)
-        config = configure(self.arm, context.bases[self.base], out, self.best, scale, self.seed)
+        config = configure(self.arm, context.bases[self.base], out, self.loop, scale, self.seed)
         train(config, source_for(self.arm, pool.specs, pool.media.to(getattr(torch, scale.dtype)), scale, self.seed))
         export_adapter(out, context.work / "adapters" / name, device=context.device)
         forms = tuple((form, budget) for form in self.read for budget in scale.asked)

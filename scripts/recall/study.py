@@ -26,7 +26,7 @@ from typing import Any
 from data_prep.world import WorldSettings
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
-from scripts.recall.finetune import ARMS, SHORT
+from scripts.recall.finetune import ARMS, MINUTE, SHORT, Scale
 from scripts.recall.jobs import Answers, Context, Pictures, Precision, SetSpec, Tune, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, FULL, OPTIONS, TUNED_AT, Form, best_of, choose, original_forms, other_forms
@@ -99,6 +99,7 @@ class Chosen:
     Attributes:
         forms: the best of each kind. best: of our family; rival: of the rivals as published; augmented: of the rest.
         perturbation: the best form of that rule.
+        strong: the three best of each of both kinds of rivals.
     """
 
     forms: dict[str, Form]
@@ -106,13 +107,25 @@ class Chosen:
     rival: Form
     augmented: Form
     perturbation: Form
+    strong: tuple[Form, ...] = ()
+
+    def tune(self, base: int, arm: str, seed: int, scale: Scale = MINUTE) -> Tune:
+        """The job of a fine-tuning arm. All are read with our best method, one with CriticalKV in the loop also with
+        that."""
+        rival = ARMS[arm].rival
+        loop = self.best if rival is None else self.forms[rival]
+        read = (self.best, loop) if rival == "critical_kv" else (self.best,)
+        return Tune(base, arm, seed, loop, read, scale)
 
     @classmethod
     def of(cls, scores: dict[Form, float]) -> Chosen:
         """From the mean accuracy of every form on validation clips."""
         every = best_of(scores, "omnimem"), best_of(scores, "rival"), best_of(scores, "augmented")
         exact = {form: score for form, score in scores.items() if form.rule == "perturbation"}
-        return cls(choose(scores), *every, best_of(exact, "omnimem"))
+        forms = choose(scores)
+        ranked = sorted(forms.values(), key=lambda form: -scores[form])
+        strong = [f for family in ("rival", "augmented") for f in [r for r in ranked if r.family == family][:3]]
+        return cls(forms, *every, best_of(exact, "omnimem"), tuple(strong))
 
     @classmethod
     def from_results(cls, folder: Path) -> Chosen:
@@ -129,9 +142,8 @@ class Chosen:
 
 def study_jobs(bases: int, chosen: Chosen, seeds: int) -> list[Any]:
     """Everything after tuning, most important first."""
-    read = tuple(dict.fromkeys([chosen.best, Form("critical_kv")]))
     jobs: list[Any] = []
-    tunes = [Tune(b, arm, s, chosen.best, read) for s in range(seeds) for b in range(bases) for arm in MAIN_ARMS]
+    tunes = [chosen.tune(b, arm, s) for s in range(seeds) for b in range(bases) for arm in MAIN_ARMS]
     mains: list[Any] = []
     for base in range(bases):
         mains.append(Answers("main", base, "test", full=True))
@@ -140,12 +152,12 @@ def study_jobs(bases: int, chosen: Chosen, seeds: int) -> list[Any]:
     jobs += interleave(tunes, mains)
     jobs += [Pictures(0, (chosen.best, chosen.rival, Form("sliding_window")), BUDGETS[2])]
     jobs += ablations(bases, chosen.perturbation)
-    compared = at(dict.fromkeys([chosen.best, chosen.rival, chosen.augmented]), TUNED_AT)
+    compared = at((chosen.best, *chosen.strong), TUNED_AT)
     jobs += [Answers("sweep", 0, world_name(*w), compared, True, model_name=world_name(*w)) for w in WORLDS]
     jobs += [Modalities(base, "test") for base in range(bases)]
     jobs += [long_job(base, chosen.best) for base in range(bases)]
     jobs += [Precision(base, at([chosen.best, chosen.rival], TUNED_AT)) for base in range(bases)]
-    jobs += [Tune(0, arm, 0, chosen.best, (chosen.best,)) for arm in ABLATED]
+    jobs += [chosen.tune(0, arm, 0) for arm in ABLATED]
     return jobs
 
 
@@ -343,7 +355,7 @@ def run(context: Context, workers: int, budget_s: float, seeds: int) -> list[str
 
 def run_short(context: Context, workers: int, budget_s: float, seeds: int) -> list[str]:
     """Fine-tuning and its controls on short clips, with the method that an earlier tuning chose; what failed."""
-    begun, best = time.perf_counter(), Chosen.from_results(context.results).best
+    begun, chosen = time.perf_counter(), Chosen.from_results(context.results)
     check_work(context)
     bases = range(len(context.bases))
     jobs = Queue(context, workers, begun + budget_s)
@@ -351,9 +363,9 @@ def run_short(context: Context, workers: int, budget_s: float, seeds: int) -> li
         jobs.run([Encode(base, name) for base in bases for name in ("short", "short_pool")])
         jobs.run([Modalities(base, SHORT.clip_set, SHORT.dtype) for base in bases])
         untouched: dict[str, Any] = {"full": True, "dtype": SHORT.dtype, "chunk": SHORT.chunk}
-        asked = at([best], SHORT.asked)
+        asked = at([chosen.best], SHORT.asked)
         jobs.run([Answers("finetune", base, SHORT.clip_set, asked, **untouched) for base in bases])
-        jobs.run([Tune(b, arm, s, best, (best,), SHORT) for s in range(seeds) for b in bases for arm in MAIN_ARMS])
+        jobs.run([chosen.tune(b, arm, s, SHORT) for s in range(seeds) for b in bases for arm in MAIN_ARMS])
     finally:
         jobs.close()
     merge(context.work, context.results)
