@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
@@ -23,7 +22,7 @@ from omnimem_train.models.interface import Tap
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, lora_parameters
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

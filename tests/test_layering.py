@@ -20,7 +20,7 @@ LAYERS = [
     ["media_decode"],
     ["media_sound"],
     ["media_worker"],
-    ["media", "benchmarks", "losses", "budget_sampling"],
+    ["media", "benchmarks", "losses", "budget_sampling", "snapshots"],
     ["manifest"],
     ["data"],
     ["streaming"],

@@ -51,7 +51,7 @@ def _parts(module: nn.Module) -> set[str]:
 def _shorten(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Set `forward(module, stock, ...)` as the module's own, once."""
     if not isinstance(module.forward, partial):
-        module.forward = partial(forward, module, module.forward)  # type: ignore[method-assign]
+        module.forward = partial(forward, module, module.forward)
 
 
 def norm(module: Any, stock: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

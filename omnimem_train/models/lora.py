@@ -65,7 +65,8 @@ class LoraSettings:
 def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
     """Put a new adapter on `model` and make it the only thing that is trained. Its output is zero until trained.
 
-    The adapter is float32 whatever the model is (its products are in the model's precision). A model holds one adapter: `model.adapter`.
+    The adapter is float32 whatever the model is, its products are in the model's precision. A model holds one adapter:
+    `model.adapter`.
 
     Returns:
         Names of the modules that got one: every target in every layer, none outside the language model.
