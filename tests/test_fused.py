@@ -18,11 +18,13 @@ if not torch.cuda.is_available():
 
 from omnimem_train.memory import LayerMemory
 from omnimem_train.models import fused
+from omnimem_train.models.attention import _eager
 from omnimem_train.models.interface import Tap
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, lora_parameters
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -72,6 +74,42 @@ def test_rotate(heads: int, layout: str) -> None:
     found, wanted = rotate(x, angle.cos(), angle.sin()), turned(x, angle.cos(), angle.sin())
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(gradients(found, x), gradients(wanted, x))
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", [1, 3])
+def test_merge(heads: int) -> None:
+    """Sums far apart: one of the two outputs alone counts."""
+    from omnimem_train.kernels.layer import merge
+
+    a, b = draw(2, 5, heads, 16, seed=1).transpose(1, 2), draw(2, heads, 5, 16, seed=2)
+    a_sum, b_sum = (50 * draw(2, heads, 5, 1, seed=s) for s in (3, 4))
+    out, total = merge(a.detach(), a_sum.detach(), b.detach(), b_sum.detach())
+    assert out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(total, torch.logaddexp(a_sum, b_sum).detach())
+    wanted = a * (a_sum - total).exp() + b * (b_sum - total).exp()
+    torch.testing.assert_close(out, wanted.detach(), rtol=1e-4, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.gpu
+def test_split_attention_on_a_gpu() -> None:
+    """cuDNN on either part, against the formula in float64: outputs and gradients."""
+    from omnimem_train.models.split import attend_split, takes
+
+    query = draw(1, 14, 512, 128, dtype=torch.bfloat16)
+    old = [draw(1, 2, 1000, 128, seed=s, dtype=torch.bfloat16) for s in (1, 2)]
+    new = [draw(1, 2, 512, 128, seed=s, dtype=torch.bfloat16) for s in (3, 4)]
+    if not takes(query, 1000):
+        pytest.skip("cuDNN's kernels are for newer GPUs")
+    out = attend_split(query, (old[0], old[1]), (new[0], new[1]), 128**-0.5)
+    inputs = [query, *old, *new]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    key, value = torch.cat([exact[1], exact[3]], 2), torch.cat([exact[2], exact[4]], 2)
+    wanted = _eager(exact[0], key, value, None, 128**-0.5)
+    found, expected = [out, *gradients(out, *inputs)], [wanted, *gradients(wanted, *exact)]
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine - other).norm() < 0.01 * other.norm()
 
 
 def test_rms_norm(nano: Any) -> None:

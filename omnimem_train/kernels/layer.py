@@ -111,3 +111,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     power of two; the strides of `x` stay."""
     size = (x.shape[0], x.shape[2], x.shape[3])
     return _Rotate.apply(x, cos.expand(size).contiguous(), sin.expand(size).contiguous())
+
+
+@triton.jit
+def _merge(
+    a_ptr, a_sum_ptr, b_ptr, b_sum_ptr, out_ptr, sum_ptr, n, a_b, a_h, a_n, b_b, b_h, b_n, out_b, out_h, out_n,
+    H: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One token: all heads."""
+    token = tl.program_id(0).to(tl.int64)
+    batch, place = token // n, token % n
+    heads, d = tl.arange(0, PADDED), tl.arange(0, D)[None, :]
+    inside = heads < H
+    at = (batch * H + heads) * n + place
+    a_sum = tl.load(a_sum_ptr + at, mask=inside, other=0.0)
+    b_sum = tl.load(b_sum_ptr + at, mask=inside, other=0.0)
+    largest = tl.maximum(a_sum, b_sum)
+    a_share, b_share = tl.exp(a_sum - largest), tl.exp(b_sum - largest)
+    both = a_share + b_share
+    head = heads[:, None]
+    a = tl.load(a_ptr + batch * a_b + place * a_n + head * a_h + d, mask=head < H, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + batch * b_b + place * b_n + head * b_h + d, mask=head < H, other=0.0).to(tl.float32)
+    out = a * (a_share / both)[:, None] + b * (b_share / both)[:, None]
+    tl.store(out_ptr + batch * out_b + place * out_n + head * out_h + d, out, mask=head < H)
+    tl.store(sum_ptr + at, largest + tl.log(both), mask=inside)
+
+
+def merge(a: Tensor, a_sum: Tensor, b: Tensor, b_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """See `omnimem_train.models.split.joined`; the result lies in memory as (B, n, H, D)."""
+    batch, heads, n, d = a.shape
+    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
+    a_sum, b_sum = a_sum.contiguous(), b_sum.contiguous()
+    out = torch.empty(batch, n, heads, d, dtype=a.dtype, device=a.device).transpose(1, 2)
+    total = torch.empty_like(a_sum)
+    strides = [x.stride(i) for x in (a, b, out) for i in range(3)]
+    _merge[(batch * n,)](
+        a, a_sum, b, b_sum, out, total, n, *strides, H=heads, PADDED=triton.next_power_of_2(heads), D=d,
+        num_warps=ROTATE_WARPS,
+    )  # fmt: skip
+    return out, total

@@ -30,7 +30,7 @@ class StockDecoder:
         text: the decoder inside it; its attention is switched to this package's, and its layers get the short steps of
             `omnimem_train.models.fused`.
         head: the output matrix inside it.
-        attention: kernel of the decoder's attention, "sdpa" or "eager".
+        attention: kernel of the decoder's attention, one of `omnimem_train.models.attention.KERNELS`.
 
     Raises:
         UserError: the decoder uses a sliding window, which a memory between chunks does not support.
