@@ -9,14 +9,12 @@ Shape legend: see `omnimem_train.memory.state`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from omnimem_train import kernels
 from omnimem_train.errors import UserError
@@ -27,9 +25,7 @@ from omnimem_train.memory.selector import Candidates, choose
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import TEXT, VISUAL, LayerMemory
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Tap, TokenBlock
-
-Layers = tuple[LayerMemory, ...]
-R = TypeVar("R")
+from omnimem_train.snapshots import FirstPass, Layers, Snapshot, Undo, narrow, recomputed
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,8 @@ class Gradient:
         chunks: for "last"; they are counted from the end of the stream, also for questions asked earlier in it.
         layer: for "stop_layer".
         checkpointing: recompute each chunk in the backward pass instead of storing its activations; what is stored
-            then is the memory between chunks. The recomputation reuses the selection of the first pass.
+            then is the memory between chunks, see `omnimem_train.snapshots`. The recomputation reuses the selection of
+            the first pass.
     """
 
     kind: str = "all"
@@ -72,14 +69,20 @@ class StreamState:
         n_chunks: chunks run so far.
         offset: (B,) int64 added to temporal positions of later tokens (0 with absolute positions).
         horizon: (B,) int64, the largest temporal position run so far, offset included; -1 before any.
+        past: `layers` for the backward pass; None if no chunk is recomputed there so far.
     """
 
-    layers: tuple[LayerMemory, ...]
+    layers: Layers
     pending: TokenBlock | None
     n_run: int
     n_chunks: int
     offset: Tensor
     horizon: Tensor
+    past: Snapshot | None = None
+
+    def without_layers(self) -> StreamState:
+        """The rest: what a recomputation may hold on to."""
+        return replace(self, layers=(), pending=None, past=None)
 
 
 class Stream:
@@ -174,13 +177,14 @@ class Stream:
         state = self.flush(state)
         block = TokenBlock.cat(questions)
         mask = None if len(questions) == 1 else _separate([q.n for q in questions], block.embeds.device)
+        offset = state.offset
 
-        def run(layers: tuple[LayerMemory, ...]) -> Tensor:
-            return self._extend(layers, block, state.offset, mask)[1]
+        def run(layers: Layers) -> Tensor:
+            return self._extend(layers, block, offset, mask)[1]
 
         with self._grad(True):
             if self._checkpoints():
-                return _recomputed(run, state.layers, block.embeds)
+                return recomputed(run, state.layers, state.past or Snapshot(state.layers), block.embeds)
             return run(state.layers)
 
     @torch.no_grad()
@@ -206,52 +210,63 @@ class Stream:
         """Run `chunk` after the memory and compress, with the gradient this chunk is due."""
         due = self._gradient_due(state, chunk)
         stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
-        rows: list[Tensor | None] = []
+        rest, first, past = state.without_layers(), FirstPass(), None
 
-        def run(layers: tuple[LayerMemory, ...]) -> tuple[LayerMemory, ...]:
-            return self._layers_of_chunk(layers, chunk, state, stop_layer, rows)
+        def run(layers: Layers) -> Layers:
+            return self._layers_of_chunk(layers, chunk, rest, stop_layer, first)
 
         with self._grad(due != "none"):
             if due != "none" and self._checkpoints():
-                layers = _recomputed(run, state.layers, chunk.embeds)
+                before = state.past or Snapshot(state.layers)
+                layers = recomputed(run, state.layers, before, chunk.embeds)
+                past = Snapshot(layers)
+                if self._can_undo(layers):
+                    before.follow(past, first.undo)
             else:
                 layers = run(state.layers)
-        evicted = any(r is not None for r in rows)
+            first.undo = []
+        evicted = any(r is not None for r in first.rows)
         offset, horizon = self._move(state, layers, chunk, evicted)
-        return StreamState(layers, None, state.n_run + chunk.n, state.n_chunks + 1, offset, horizon)
+        return StreamState(layers, None, state.n_run + chunk.n, state.n_chunks + 1, offset, horizon, past)
 
     def _layers_of_chunk(
-        self,
-        layers: tuple[LayerMemory, ...],
-        chunk: TokenBlock,
-        state: StreamState,
-        stop_layer: int,
-        rows: list[Tensor | None],
-    ) -> tuple[LayerMemory, ...]:
-        """All layers on one chunk. `rows` holds the selection of each layer: empty on the first pass, which fills it,
-        full on a recomputation, which must not select anew (rounding could tip a tie)."""
+        self, layers: Layers, chunk: TokenBlock, state: StreamState, stop_layer: int, first: FirstPass
+    ) -> Layers:
+        """All layers on one chunk. `first` is empty on the first pass, which fills it, and full on a recomputation,
+        which must not select anew (rounding could tip a tie)."""
         hidden, kept = chunk.embeds, []
         positions = _shift(chunk, state.offset)
         rope = self.model.rope(positions)
         index = torch.arange(state.n_run, state.n_run + chunk.n, device=hidden.device).expand(hidden.shape[0], -1)
-        first_pass = not rows
+        first_pass = not first.rows
         n_text = self._count_text(layers, chunk) if first_pass else 0
+        bare, notes = not first_pass and self._can_undo(layers), first_pass and self._checkpoints()
         for layer, memory in enumerate(layers):
             with torch.no_grad() if layer >= stop_layer else nullcontext():
                 tap = Tap(memory if memory.n_tokens else None)
                 layer_input = hidden if memory.hidden is not None else None
                 hidden = self.model.run_layer(layer, hidden, rope, tap, chunk.extras)
                 assert tap.keys is not None and tap.values is not None and tap.queries is not None
-                new = LayerMemory.from_chunk(
-                    tap.keys, tap.values, positions, chunk.modality, chunk.time_s, index, layer_input
-                )
+                if bare:
+                    new = LayerMemory.bare(tap.keys, tap.values)
+                else:
+                    new = LayerMemory.from_chunk(
+                        tap.keys, tap.values, positions, chunk.modality, chunk.time_s, index, layer_input
+                    )
                 tokens = memory.append(new, tap.joined)
                 if first_pass:
-                    chosen, evidence = self._select(layer, tokens, chunk.n, tap.queries, state.n_chunks, n_text)
-                    rows.append(chosen)
+                    rows, evidence = self._select(layer, tokens, chunk.n, tap.queries, state.n_chunks, n_text)
+                    first.rows.append(None if rows is None else narrow(rows, tokens.n_tokens))
                     tokens = tokens if evidence is None else tokens.with_evidence(evidence)
-                kept.append(self._keep(tokens, rows[layer]))
+                    if notes and self._can_undo(layers):
+                        first.undo.append(Undo.of(tokens, memory.n_tokens, first.rows[layer]))
+                chosen = first.rows[layer]
+                kept.append(self._keep(tokens, None if chosen is None else chosen.long()))
         return tuple(kept)
+
+    def _can_undo(self, layers: Layers) -> bool:
+        """Whether what is kept stays as it is: then older memories follow from newer ones."""
+        return self.spec.positions == "absolute" and layers[0].hidden is None
 
     def _count_text(self, layers: tuple[LayerMemory, ...], chunk: TokenBlock) -> int:
         """Text tokens among the candidates of a chunk. Text is never dropped, so it is the same number in every layer;
@@ -312,8 +327,8 @@ class Stream:
         return kept
 
     def _extend(
-        self, layers: tuple[LayerMemory, ...], block: TokenBlock, offset: Tensor, mask: Tensor | None = None
-    ) -> tuple[tuple[LayerMemory, ...], Tensor]:
+        self, layers: Layers, block: TokenBlock, offset: Tensor, mask: Tensor | None = None
+    ) -> tuple[Layers, Tensor]:
         """Run text after the memory without compressing: the grown memory, and hidden states (B, n, E)."""
         hidden, grown = block.embeds, []
         positions = _shift(block, offset)
@@ -330,9 +345,7 @@ class Stream:
             grown.append(memory.append(new, tap.joined) if mask is None else memory)
         return tuple(grown), hidden
 
-    def _move(
-        self, state: StreamState, layers: tuple[LayerMemory, ...], chunk: TokenBlock, evicted: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _move(self, state: StreamState, layers: Layers, chunk: TokenBlock, evicted: bool) -> tuple[Tensor, Tensor]:
         """Offset and horizon after a chunk: with compact positions the stream goes on right after what was kept."""
         newest = (chunk.positions[..., 0].amax(1) + state.offset).maximum(state.horizon)
         if self.spec.positions != "compact" or not evicted:
@@ -370,12 +383,6 @@ def encode(encoder: MediaEncoder, windows: Iterable[MediaWindow]) -> Iterator[To
     block = encoder.finish()
     if block is not None and block.n:
         yield block
-
-
-def _recomputed(run: Callable[[Layers], R], layers: Layers, like: Tensor) -> R:
-    """`run(layers)`, computed again in the backward pass. `like` is a tensor on the device where dropout draws:
-    checkpoint keeps the random state of the devices of its tensor arguments, and does not look into dataclasses."""
-    return checkpoint(lambda _, given: run(given), like, layers, use_reentrant=False)
 
 
 def _shift(block: TokenBlock, offset: Tensor) -> Tensor:

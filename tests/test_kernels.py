@@ -204,7 +204,7 @@ def test_keep(device: str, allocation: str, kind: str) -> None:
 @pytest.mark.parametrize("name", ["perturbation", "observed_attention"])
 def test_the_same_tokens_are_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through `choose`, as a stream does, with the kernels and without: a near-tie may fall the other way."""
-    monkeypatch.setenv(kernels.ENVIRONMENT, "1")
+    monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
     kernels.install.cache_clear()
     kernels.reason_not_to.cache_clear()
     assert kernels.install()
@@ -215,6 +215,20 @@ def test_the_same_tokens_are_kept(name: str, monkeypatch: pytest.MonkeyPatch) ->
         wanted, _ = choose(c, selector, make_allocation("shared"), 600)
     both = [torch.zeros_like(c.is_text).scatter(-1, rows, True) & ~c.is_text for rows in (found, wanted)]
     assert float((both[0] & both[1]).sum() / both[1].sum()) > 0.98
+
+
+def test_the_environment_turns_them_off(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    """Asked for with 0, without a warning; otherwise the reason is said if there is one."""
+    for asked in ("0", "1"):
+        monkeypatch.setenv(kernels.ENVIRONMENT, asked)
+        kernels.install.cache_clear()
+        kernels.reason_not_to.cache_clear()
+        reason = kernels.reason_not_to()
+        assert (reason == kernels.OFF) == (asked == "0")
+        assert kernels.install() == (reason is None)
+        assert len(recwarn) == (reason not in (None, kernels.OFF))
+    kernels.install.cache_clear()
+    kernels.reason_not_to.cache_clear()
 
 
 def test_keep_takes_what_it_can() -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     ["media_decode"],
     ["media_sound"],
     ["media_worker"],
-    ["media", "benchmarks", "losses", "budget_sampling"],
+    ["media", "benchmarks", "losses", "budget_sampling", "snapshots"],
     ["manifest"],
     ["data"],
     ["streaming"],
@@ -42,7 +42,7 @@ OWNERS = {
     "decord": {"media_decode", "media_sound"},
     "av": {"media_decode", "media_sound"},
     "tensorboard": {"runlog"},
-    "triton": {"kernels", "kernels.attention", "kernels.change", "kernels.keep", "kernels.redundancy"},
+    "triton": {f"kernels{part}" for part in ("", ".attention", ".change", ".keep", ".layer", ".redundancy")},
 }
 
 

@@ -121,6 +121,22 @@ def test_kernels_agree_with_the_formula(n: int, n_memory: int, masked: bool, dty
             torch.testing.assert_close(out[:, :, h], logits.softmax(-1) @ value[:, h // 2], rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_split_attention_are_those_of_the_formula() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 4, 7, 8), *torch.randn(2, 2, 2, 5, 8), *torch.randn(2, 2, 2, 7, 8)]
+    query, old_key, old_value, key, value = (x.double().requires_grad_() for x in inputs)
+    flat = torch.zeros(2, 5)
+    memory = LayerMemory.from_chunk(old_key, old_value, torch.zeros(2, 5, 3), flat.to(torch.int8), flat, flat.long())
+
+    def gradients(kernel: str) -> tuple[Tensor, ...]:
+        out, _ = attention.attend(torch.nn.Identity(), query, key, value, tap=Tap(memory), kernel=kernel)
+        weight = torch.arange(out.numel()).view(out.shape).remainder(7.0)
+        return torch.autograd.grad((out * weight).sum(), [query, old_key, old_value, key, value])
+
+    for mine, other in zip(gradients("split"), gradients("eager"), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
 def test_gradient_reaches_remembered_keys_and_values() -> None:
     key, value = torch.randn(2, 1, 2, 5, 8, requires_grad=True).unbind()
     flat = torch.zeros(1, 5)

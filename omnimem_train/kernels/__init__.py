@@ -1,8 +1,8 @@
 """Triton kernels for scoring and selection, plugged into `omnimem_train.memory` on GPUs that can run them.
 
-`install` is called by a stream on a CUDA device. They are used with OMNIMEM_KERNELS=1 in the environment: their tests
-pass on an H100, but how fast they are has not been measured. Otherwise, without triton, on older GPUs and for other
-precisions than bfloat16, the plain torch code of `omnimem_train.memory` runs.
+`install` is called by a stream on a CUDA device; `scripts/bench/NOTES.md` has what they gain. With OMNIMEM_KERNELS=0 in
+the environment, without triton, on older GPUs and for other precisions than bfloat16, the plain torch code of
+`omnimem_train.memory` runs.
 
 Shape legend: see `omnimem_train.memory.state`; N = H/G query heads of a group.
 """
@@ -21,15 +21,15 @@ from torch import Tensor
 from omnimem_train.memory.fast import provide
 
 ENVIRONMENT = "OMNIMEM_KERNELS"
-NOT_ASKED = f"{ENVIRONMENT} is not 1"
+OFF = f"{ENVIRONMENT} is 0"
 OLDEST = (8, 0)  # compute capability with bfloat16 matrix units
 
 
 @cache
 def reason_not_to() -> str | None:
     """Why the kernels cannot be used on the current device, in words; None if they can."""
-    if os.environ.get(ENVIRONMENT, "0") != "1":
-        return NOT_ASKED
+    if os.environ.get(ENVIRONMENT, "1") == "0":
+        return OFF
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "there is no NVIDIA GPU"
     if importlib.util.find_spec("triton") is None:
@@ -45,7 +45,7 @@ def install() -> bool:
     """Provide all kernels to `omnimem_train.memory`, once; False where they cannot be used."""
     reason = reason_not_to()
     if reason is not None:
-        if reason != NOT_ASKED:
+        if reason != OFF:
             warnings.warn(f"selection runs in plain torch, which is slower: {reason}", stacklevel=2)
         return False
     from omnimem_train.kernels import attention, change, keep, redundancy

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,12 +104,28 @@ class LayerMemory:
             hidden=hidden,
         )
 
+    @classmethod
+    def bare(cls, keys: Tensor, values: Tensor) -> LayerMemory:
+        """Keys and values (B, G, S, D) alone, all that a recomputation reads; nothing else is known of the tokens."""
+        none = cls.empty(keys.shape[0], keys.shape[1], 0, dtype=keys.dtype, device=keys.device)
+        return replace(none, keys=keys, values=values)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether there are keys and values alone."""
+        return self.index.shape[2] < self.n_tokens
+
     def append(self, new: LayerMemory, joined: tuple[Tensor, Tensor] | None = None) -> LayerMemory:
         """Memory followed by `new`: the candidates of a chunk. `joined` holds keys and values of both, where attention
-        has put them together already."""
+        has put them together already. Bare if one of the two is."""
         if (self.hidden is None) != (new.hidden is None):
             raise ValueError("one of the two memories carries layer inputs (hidden) and the other does not")
         both = {} if joined is None else {"keys": joined[0], "values": joined[1]}
+        if self.is_bare or new.is_bare:
+            keys, values = joined or (
+                torch.cat([a, b], 2) for a, b in ((self.keys, new.keys), (self.values, new.values))
+            )
+            return LayerMemory.bare(keys, values)
         for name in (f.name for f in fields(self) if f.name != "hidden" and f.name not in both):
             both[name] = torch.cat([getattr(self, name), getattr(new, name)], dim=2)
         hidden = None
@@ -117,12 +134,13 @@ class LayerMemory:
         return LayerMemory(**both, hidden=hidden)
 
     def gather(self, rows: Tensor) -> LayerMemory:
-        """The tokens in `rows` (B, G, K) int64, per stream and kv head. Differentiable in keys, values, hidden."""
+        """The tokens in `rows` (B, G, K) int64, per stream and kv head, none twice. Differentiable in keys, values and
+        hidden."""
+        if self.is_bare:
+            return LayerMemory.bare(_Rows.apply(self.keys, rows), _Rows.apply(self.values, rows))
 
         def take(x: Tensor) -> Tensor:
-            if x.ndim == 3:
-                return x.gather(2, rows)
-            return x.gather(2, rows.unsqueeze(-1).expand(*rows.shape, x.shape[-1]))
+            return x.gather(2, rows) if x.ndim == 3 else _Rows.apply(x, rows)
 
         kept = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "hidden"}
         hidden = None
@@ -160,3 +178,20 @@ class LayerMemory:
     def nbytes(self) -> int:
         """Bytes of keys and values (what a memory budget in bytes counts)."""
         return self.keys.nbytes + self.values.nbytes
+
+
+class _Rows(torch.autograd.Function):
+    """Rows (B, G, K) of (B, G, S, D). They are unique, so the gradient is put in place rather than added up, which for
+    half precision on a GPU is an order slower."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.n = x.shape[2]
+        return x.gather(2, rows.unsqueeze(-1).expand(*rows.shape, x.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        whole = grad.new_zeros(*grad.shape[:2], ctx.n, grad.shape[-1])
+        return whole.scatter(2, rows.unsqueeze(-1).expand_as(grad), grad), None

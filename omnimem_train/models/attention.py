@@ -21,9 +21,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from omnimem_train.errors import UserError
 from omnimem_train.models.interface import Tap
+from omnimem_train.models.split import attend_split, takes
 
 NAME = "omnimem"
-KERNELS = ("sdpa", "eager")
+KERNELS = ("sdpa", "split", "eager")
 
 
 def attend(
@@ -50,7 +51,8 @@ def attend(
         scaling: factor before the softmax, D ** -0.5 when None.
         dropout: must be 0; dropped attention would make what a selector sees differ from what was used.
         tap: where memory comes from and new queries, keys and values go to; None for a stock forward pass.
-        kernel: "sdpa", or "eager": the plain formula with a softmax in at least float32, as a reference.
+        kernel: "sdpa"; "split": memory and new tokens one after the other, see `omnimem_train.models.split`, and "sdpa"
+            where that does not apply; or "eager": the plain formula with a softmax in at least float32, as a reference.
 
     Returns:
         (B, n, H, D) contiguous, and None in place of attention weights.
@@ -70,7 +72,12 @@ def attend(
             n_memory = key.shape[2] - query.shape[2]
             mask = torch.nn.functional.pad(tap.mask, (n_memory, 0), value=True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = (_sdpa if kernel == "sdpa" else _eager)(query, key, value, mask, scale)
+    if kernel == "split" and tap is not None and mask is None and takes(query, key.shape[2] - query.shape[2]):
+        assert tap.memory is not None and tap.keys is not None and tap.values is not None
+        memory = tap.memory.keys, tap.memory.values
+        out = attend_split(query, memory, (tap.keys, tap.values), scale)
+    else:
+        out = (_eager if kernel == "eager" else _sdpa)(query, key, value, mask, scale)
     return out.transpose(1, 2).contiguous(), None
 
 

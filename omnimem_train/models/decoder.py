@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from omnimem_train.errors import UserError
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.models.attention import NAME
+from omnimem_train.models.fused import fuse
 from omnimem_train.models.interface import Tap
 
 DEEPSTACK = "deepstack"
@@ -26,9 +27,10 @@ class StockDecoder:
 
     Args:
         module: the whole model.
-        text: the decoder inside it; its attention is switched to this package's.
+        text: the decoder inside it; its attention is switched to this package's, and its layers get the short steps of
+            `omnimem_train.models.fused`.
         head: the output matrix inside it.
-        attention: kernel of the decoder's attention, "sdpa" or "eager".
+        attention: kernel of the decoder's attention, one of `omnimem_train.models.attention.KERNELS`.
 
     Raises:
         UserError: the decoder uses a sliding window, which a memory between chunks does not support.
@@ -46,6 +48,8 @@ class StockDecoder:
                 remedy="set use_sliding_window to false in its config.json",
             )
         self._text.set_attn_implementation(NAME)
+        for layer in self._text.layers:
+            fuse(layer)
         self.n_layers: int = config.num_hidden_layers
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads

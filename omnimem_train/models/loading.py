@@ -26,7 +26,7 @@ MODELS: dict[str, str] = {
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_KERNELS = ("sdpa", "eager")
+_KERNELS = ("sdpa", "split", "eager")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class ModelConfig:
         path: checkpoint folder, or a name on the Hugging Face hub ("Qwen/Qwen2.5-Omni-7B").
         dtype: "auto" (as stored), "float32", "bfloat16", "float16" or "float64".
         device: "auto" (the first accelerator there is, else the CPU) or a torch device.
-        attention: kernel of the decoder's attention, "sdpa", or "eager" as a reference.
+        attention: kernel of the decoder's attention: "sdpa"; "split" (memory and chunk one after the other, through
+            cuDNN on Hopper GPUs); or "eager" as a reference.
         adapter: folder of a PEFT adapter to put on the model, or None.
     """
 

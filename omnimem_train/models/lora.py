@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omnimem_train.errors import UserError, nearest
+from omnimem_train.models.fused import fuse_adapters
 from omnimem_train.models.interface import StreamingModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,7 +65,8 @@ class LoraSettings:
 def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
     """Put a new adapter on `model` and make it the only thing that is trained. Its output is zero until trained.
 
-    The adapter is float32 whatever the model is. A model holds one adapter: `model.adapter`.
+    The adapter is float32 whatever the model is, its products are in the model's precision. A model holds one adapter:
+    `model.adapter`.
 
     Returns:
         Names of the modules that got one: every target in every layer, none outside the language model.
@@ -90,6 +92,7 @@ def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
     assert found == sorted(modules), f"peft adapted {len(found)} modules, {len(modules)} were meant"
     for _, parameter in lora_parameters(model):
         parameter.data = parameter.data.float()
+    fuse_adapters(model.module)
     model.module.train(model.module.training)  # new modules come in training mode, with dropout
     return modules
 

@@ -69,7 +69,7 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
         module: the stock thinker.
         tokenizer: its tokenizer.
         preprocessing: the checkpoint's preprocessing.
-        attention: kernel of the decoder's attention, "sdpa" or "eager".
+        attention: kernel of the decoder's attention, one of `omnimem_train.models.attention.KERNELS`.
 
     Raises:
         UserError: the decoder uses a sliding window, or the model numbers time otherwise than streams are laid out.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from cases import LORA_CASES, STREAM_CASES, Bench, with_tokens
+from layers import ADAPTED_LAYER_CASES, LAYER_CASES
 from measure import Clock, Results, versions
 from pieces import PIECE_CASES
 from selection import SELECTION_CASES
@@ -22,7 +23,9 @@ from shape import SHAPES
 
 HERE = Path(__file__).resolve().parent
 # Adapters stay on the model once they are on it, so the cases that need them come last.
-CASES: dict[str, Callable[[Bench], None]] = STREAM_CASES | PIECE_CASES | SELECTION_CASES | LORA_CASES
+CASES: dict[str, Callable[[Bench], None]] = (
+    STREAM_CASES | PIECE_CASES | LAYER_CASES | SELECTION_CASES | ADAPTED_LAYER_CASES | LORA_CASES
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -36,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a small shape in seconds, for a look at the bench itself")
     parser.add_argument("--tokens", type=int, default=0, help="length of the stream, if not the shape's")
     parser.add_argument("--reps", type=int, default=3, help="timed runs of a case")
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "split", "eager"], help="of the decoder")
     parser.add_argument("--suffix", default="", help="put behind the names of results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -60,7 +64,7 @@ def main() -> None:
         shape = with_tokens(shape, args.tokens)
     results = Results(args.out / "results.json", versions(device))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bench = Bench(shape, device, dtype, results, Clock(device), args.reps, args.suffix)
+    bench = Bench(shape, device, dtype, results, Clock(device), args.reps, args.suffix, args.attention)
     for name in names:
         now = time.perf_counter()
         if now > end:

@@ -39,6 +39,7 @@ class Bench:
 
     Attributes:
         suffix: put behind the names of results, to tell runs with other settings apart.
+        attention: kernel of the decoder's attention.
     """
 
     shape: Shape
@@ -48,6 +49,7 @@ class Bench:
     clock: Clock
     reps: int = 3
     suffix: str = ""
+    attention: str = "sdpa"
 
     @property
     def has_kernels(self) -> bool:
@@ -57,7 +59,7 @@ class Bench:
     @cached_property
     def model(self) -> StreamingModel:
         """The model; made at first use."""
-        return make_model(self.shape, self.device, self.dtype)
+        return make_model(self.shape, self.device, self.dtype, self.attention)
 
     @cached_property
     def block(self) -> TokenBlock:

@@ -142,6 +142,8 @@ def tune(bench: Bench) -> None:
         config, before, span = getattr(module, name), dict(getattr(module, name)), redundancy.SPAN
         redundancy.SPAN = spans
         for tried in GRIDS[name]:
+            if bench.clock.left_s < 0:
+                break
             config.update(tried)
             label = ",".join(str(v) for v in tried.values()) + (f",span {spans}" if name == "LATER" else "")
             try:

@@ -71,7 +71,7 @@ SHAPES = {
 }
 
 
-def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> StreamingModel:
+def make_model(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> StreamingModel:
     """A stock thinker of `shape` with random weights, frozen, behind the package's own interface."""
     tokenizer = tiny_tokenizer()
     config = thinker_config(shape.size, tokenizer)
@@ -85,7 +85,7 @@ def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Stream
         torch.set_default_dtype(before)
     module.to(device).eval().requires_grad_(False)
     fill(module)
-    model = Qwen2_5OmniStreaming(module, tokenizer, Settings())
+    model = Qwen2_5OmniStreaming(module, tokenizer, Settings(), attention)
     if model.dtype != dtype or model.device.type != device.type:
         raise RuntimeError(f"the model came out as {model.dtype} on {model.device}")
     return model

@@ -24,7 +24,7 @@ class VideoSalmonn2Decoder(StockDecoder):
     Args:
         module: the model; its decoder's attention is switched to this package's.
         processor: its processor.
-        attention: "sdpa" or "eager".
+        attention: one of `omnimem_train.models.attention.KERNELS`.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
     Args:
         module: the model.
         processor: its processor.
-        attention: kernel of the decoder's attention, "sdpa" or "eager".
+        attention: kernel of the decoder's attention, one of `omnimem_train.models.attention.KERNELS`.
     """
 
     adapter_layouts = ("peft", "salmonn")
