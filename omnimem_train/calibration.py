@@ -117,7 +117,7 @@ class Recorder:
 def measure(model: StreamingModel, spec: MemorySpec, encoder: MediaEncoder, windows: Iterable[MediaWindow]) -> Recorder:
     """Stream one clip, and note what its layers drop from."""
     stream = Stream(model, spec)
-    stream.allocation = recorder = Recorder(stream.allocation, model.n_layers)
+    stream.chooser.allocation = recorder = Recorder(stream.chooser.allocation, model.n_layers)
     stream.flush(stream.feed_all(stream.start(), encode(encoder, windows)))
     return recorder
 

@@ -268,7 +268,7 @@ def preflight(
     info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)
     opening = model.open(info, config.data.fps, **config.encoder).start()
     for setting in settings:
-        for budget in Stream(model, setting.spec).budgets:
+        for budget in Stream(model, setting.spec).chooser.budgets:
             if budget is not None:
                 setting.spec.media_budget(budget, opening.n)
     for item in items:

@@ -12,9 +12,11 @@ import torch
 from omnimem_train.checkpoint import check_base, find_checkpoint, load_checkpoint, read_meta
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.importance import FILE as HEAD_WEIGHTS
+from omnimem_train.models.importance import add_importance_head, save_importance_head, trained_parameters
 from omnimem_train.models.interface import StreamingModel
 from omnimem_train.models.loading import load_model, model_class
-from omnimem_train.models.lora import WEIGHTS, LoraSettings, add_lora, check_layout, lora_parameters, save_adapter
+from omnimem_train.models.lora import WEIGHTS, LoraSettings, add_lora, check_layout, save_adapter
 from omnimem_train.session import model_fingerprint
 
 
@@ -25,7 +27,8 @@ def export_adapter(
 
     Args:
         checkpoint: a checkpoint, or a run's folder for its newest one.
-        out: folder to write into: adapter_config.json, adapter_model.safetensors, memory.json, README.md.
+        out: folder to write into: adapter_config.json, adapter_model.safetensors, memory.json, README.md, and with a
+            learned importance importance.safetensors.
         model_path: the base model, if it is elsewhere than in training.
         layout: how modules are named, one of the model's `adapter_layouts`; by default as plain peft names them for the
             class of the installed transformers. Qwen2.5-Omni: "thinker", or "omni" for the full Omni model.
@@ -50,7 +53,9 @@ def export_adapter(
     add_lora(model, LoraSettings(**(settings["lora"] | {"targets": tuple(settings["lora"]["targets"])})))
     held = load_checkpoint(folder, world_size=content["world_size"])
     with torch.no_grad():
-        for name, parameter in lora_parameters(model):
+        if model.HEAD in held.tensors["adapter"]:
+            add_importance_head(model)
+        for name, parameter in trained_parameters(model):
             trained = held.tensors["adapter"].get(name)
             if trained is None or trained.shape != parameter.shape:
                 raise UserError(
@@ -61,6 +66,7 @@ def export_adapter(
                 )
             parameter.copy_(trained)
     report: dict[str, Any] = save_adapter(model, out, layout=layout)
+    save_importance_head(model, out)
     if report["trained"] == 0:
         raise UserError(
             f"the adapter in {folder} changes nothing", cause="all its B matrices are zero: not trained yet"
@@ -71,6 +77,7 @@ def export_adapter(
         "model_class": type(model.module).__name__,
         "base_fingerprint": base,
         "adapter_sha256": sha256(out / WEIGHTS),
+        "importance_sha256": sha256(out / HEAD_WEIGHTS) if (out / HEAD_WEIGHTS).is_file() else None,
         "trained_budgets": settings["budgets"],
         "steps": content["step"],
         "versions": meta["versions"],
@@ -94,7 +101,13 @@ def adapter_memory(folder: Path, base: StreamingModel | None = None) -> MemorySp
     """
     spec = MemorySpec.load(folder)
     about = json.loads((folder / "memory.json").read_text()).get("about")
-    weights = folder / WEIGHTS
+    weights, head = folder / WEIGHTS, folder / HEAD_WEIGHTS
+    if isinstance(about, dict) and about.get("importance_sha256") != (sha256(head) if head.is_file() else None):
+        raise UserError(
+            f"{folder}: memory.json belongs to another {HEAD_WEIGHTS}, or it is absent",
+            cause="the two were written together; one of them was replaced",
+            remedy="export the adapter again",
+        )
     if not isinstance(about, dict) or not weights.is_file() or about.get("adapter_sha256") != sha256(weights):
         raise UserError(
             f"{folder}: memory.json belongs to another {WEIGHTS}",

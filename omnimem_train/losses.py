@@ -19,16 +19,19 @@ class LossConfig:
         answer: weight of the cross-entropy of the answer tokens.
         distill: weight of the divergence from the teacher: the same model, adapters off, with an unlimited memory
             (our design; the released OmniMem code carries a hook for distillation that it never uses).
+        retention: weight of the loss that teaches a learned importance (`omnimem_train.retention`), a mean over all
+            choices that counts once for each answer token. It trains a head of its own, so its size matters little.
         temperature: both distributions are softened by it; the divergence is multiplied by its square (Hinton et al.,
             arXiv 1503.02531).
     """
 
     answer: float = 1.0
     distill: float = 0.0
+    retention: float = 0.0
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("answer", "distill"):
+        for name in ("answer", "distill", "retention"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"loss.{name}={getattr(self, name)} is negative or not finite")
         if self.answer == 0 and self.distill == 0:

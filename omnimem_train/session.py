@@ -212,8 +212,8 @@ def model_fingerprint(model: StreamingModel, adapters: bool = True) -> str:
     digest = hashlib.sha256()
     prefix = model.language_prefix()
     for name, weight in model.module.named_parameters():
-        adapter = ".lora_" in name
-        if name.startswith(prefix) and (adapters or not adapter):
+        adapter = ".lora_" in name or name == model.HEAD
+        if name.startswith((prefix, model.HEAD)) and (adapters or not adapter):
             short = name.removeprefix(prefix).replace(".base_layer.", ".")
             sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
             digest.update(f"{short} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())

@@ -19,6 +19,7 @@ from omnimem_train.losses import LossConfig, answer_loss, distillation_loss, sup
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import MODALITIES
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, RenderedTurn, StreamingModel, TokenBlock
+from omnimem_train.retention import Attended, Watch
 from omnimem_train.streaming import Gradient, Stream, StreamState
 
 
@@ -131,6 +132,7 @@ class StepResult:
     Attributes:
         loss: scalar with gradient, summed over supervised tokens and weighted as the config says.
         answer_loss, distill_loss: the unweighted sums, detached.
+        retention_loss: the unweighted mean over all choices, detached; None if nothing was chosen or it is not trained.
         targets: supervised tokens.
         stream_tokens: tokens streamed, of all streams.
         chunks: chunks run.
@@ -141,6 +143,7 @@ class StepResult:
     loss: Tensor
     answer_loss: Tensor
     distill_loss: Tensor
+    retention_loss: Tensor | None
     targets: int
     stream_tokens: int
     chunks: int
@@ -197,10 +200,12 @@ def _moment(encoder: MediaEncoder, turns: list[TimedTurn], after: int, device: t
     return Moment(after, encoder.waiting(), questions)
 
 
-def answer_logits(stream: Stream, encoded: EncodedStream) -> tuple[list[Tensor], StreamState]:
+def answer_logits(
+    stream: Stream, encoded: EncodedStream, watch: Watch | None = None
+) -> tuple[list[Tensor], StreamState]:
     """Stream `encoded` (one stream or several side by side) and answer its questions.
 
-    Questions of one moment share one pass over the memory.
+    Questions of one moment share one pass over the memory. `watch` notes what they look at.
 
     Returns:
         for each question (m, vocabulary) logits of its supervised tokens; and the state at the stream's end, flushed.
@@ -211,16 +216,26 @@ def answer_logits(stream: Stream, encoded: EncodedStream) -> tuple[list[Tensor],
         n_fed = moment.after
         if n_fed == len(encoded.blocks):
             state = stream.flush(state)
-        logits += _ask(stream, stream.caught_up(state, moment.waiting), moment.questions)
+        if watch is not None:
+            watch.known = state.n_run + (0 if state.pending is None else state.pending.n)
+        logits += _ask(stream, stream.caught_up(state, moment.waiting), moment.questions, watch)
     return logits, stream.flush(stream.feed_all(state, encoded.blocks[n_fed:]))
 
 
-def _ask(stream: Stream, state: StreamState, questions: list[Question]) -> list[Tensor]:
-    hidden = stream.ask(state, [q.block for q in questions])
+def _ask(stream: Stream, state: StreamState, questions: list[Question], watch: Watch | None = None) -> list[Tensor]:
+    noted = None if watch is None else (watch, torch.cat([_told(q) for q in questions], dim=1))
+    hidden = stream.ask(state, [q.block for q in questions], noted)
     starts = accumulate((q.block.n for q in questions), initial=0)
     places = [(q.read[:, 0], q.read[:, 1] + start) for q, start in zip(questions, starts, strict=False)]
     streams, rows = (torch.cat(part) for part in zip(*places, strict=True))
     return list(stream.model.logits(hidden[streams, rows]).split([len(q.read) for q in questions]))
+
+
+def _told(question: Question) -> Tensor:
+    """(B, n) bool: the tokens of a question up to the last that is read; the rest is padding."""
+    last = torch.full((question.block.embeds.shape[0],), -1, device=question.read.device)
+    last = last.scatter_reduce(0, question.read[:, 0], question.read[:, 1], "amax")
+    return torch.arange(question.block.n, device=last.device) <= last[:, None]
 
 
 class StreamingStep(nn.Module):
@@ -244,30 +259,44 @@ class StreamingStep(nn.Module):
 
     def forward(self, encoded: EncodedStream, spec: MemorySpec, gradient: Gradient) -> StepResult:
         """Loss of a stream, or of streams side by side, under one memory spec."""
-        stream = Stream(self.model, spec, gradient, encoded.n_tokens)
+        teacher, attended = self._teacher(encoded, spec)
+        stream = Stream(self.model, spec, gradient, encoded.n_tokens, attended)
         logits, state = answer_logits(stream, encoded)
         answer = torch.stack([answer_loss(x, q.targets) for x, q in zip(logits, encoded.questions, strict=True)]).sum()
-        total, distill = self.loss.answer * answer, torch.zeros_like(answer)
+        total, distill, retention = self.loss.answer * answer, torch.zeros_like(answer), None
+        n_targets = sum(len(q.targets) for q in encoded.questions)
         if self.loss.distill > 0:
-            distill = self._distill(encoded, spec, logits)
+            pairs = zip(logits, teacher, strict=True)
+            distill = torch.stack([distillation_loss(x, t, self.loss.temperature) for x, t in pairs]).sum()
             total = total + self.loss.distill * distill
+        if state.retention is not None:
+            retention = state.retention[0] / state.retention[1]
+            total = total + self.loss.retention * n_targets * retention
+        elif (head := self.model.importance_head) is not None and head.requires_grad:
+            total = total + 0 * head.sum()  # every step gives every trained weight a gradient, as DDP asks for
         return StepResult(
             loss=total,
             answer_loss=answer.detach(),
             distill_loss=distill.detach(),
-            targets=sum(len(q.targets) for q in encoded.questions),
+            retention_loss=None if retention is None else retention.detach(),
+            targets=n_targets,
             stream_tokens=encoded.n_tokens * encoded.n_streams,
             chunks=state.n_chunks,
             kept=kept_by_modality(state),
             seen=seen_by_modality(encoded.blocks),
         )
 
-    def _distill(self, encoded: EncodedStream, spec: MemorySpec, logits: list[Tensor]) -> Tensor:
-        """Divergence from the same model without adapters and with an unlimited memory."""
+    def _teacher(self, encoded: EncodedStream, spec: MemorySpec) -> tuple[list[Tensor], Attended | None]:
+        """What the same model without adapters and with an unlimited memory answers, and what its questions look at;
+        nothing of what no loss needs."""
+        retains = self.loss.retention > 0 and not spec.unlimited
+        if self.loss.distill == 0 and not retains:
+            return [], None
+        watch = Watch(encoded.n_tokens, self.model.n_layers) if retains else None
         with torch.no_grad(), self.adapters_off():
-            teacher, _ = answer_logits(Stream(self.model, spec.replace(selector="full", selector_options={})), encoded)
-        pairs = zip(logits, teacher, strict=True)
-        return torch.stack([distillation_loss(x, t, self.loss.temperature) for x, t in pairs]).sum()
+            full = Stream(self.model, spec.replace(selector="full", selector_options={}))
+            logits, _ = answer_logits(full, encoded, watch)
+        return logits, None if watch is None else watch.attended()
 
 
 def kept_by_modality(state: StreamState) -> dict[str, Tensor]:

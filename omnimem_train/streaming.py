@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from omnimem_train import kernels
+from omnimem_train.choosing import Chooser
 from omnimem_train.errors import UserError
 from omnimem_train.memory import positions as rotary_positions
-from omnimem_train.memory.allocation import Fixed
-from omnimem_train.memory.perturbation import own_gram
-from omnimem_train.memory.selector import Candidates, choose
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.memory.state import TEXT, VISUAL, LayerMemory
+from omnimem_train.memory.state import VISUAL, LayerMemory
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Tap, TokenBlock
+from omnimem_train.retention import Attended, Watch, retention_loss
 from omnimem_train.snapshots import FirstPass, Layers, Snapshot, Undo, narrow, recomputed
 
 
@@ -69,6 +68,7 @@ class StreamState:
         n_chunks: chunks run so far.
         offset: (B,) int64 added to temporal positions of later tokens (0 with absolute positions).
         horizon: (B,) int64, the largest temporal position run so far, offset included; -1 before any.
+        retention: scalar, the sum of the retention losses of all choices so far, and their number; None without any.
         past: `layers` for the backward pass; None if no chunk is recomputed there so far.
     """
 
@@ -79,6 +79,7 @@ class StreamState:
     offset: Tensor
     horizon: Tensor
     past: Snapshot | None = None
+    retention: tuple[Tensor, int] | None = None
 
     def without_layers(self) -> StreamState:
         """The rest: what a recomputation may hold on to."""
@@ -94,21 +95,24 @@ class Stream:
         gradient: which chunks carry gradient; none (the default) also switches gradients off.
         total_tokens: length of the whole stream; gradient kinds "last" and "stop_layer" need it to know how many
             chunks are still to come.
+        attended: what the questions will look at; with it the states add up retention losses
+            (`omnimem_train.retention`).
 
     Raises:
         UserError: a spec or a gradient setting that does not fit the model.
     """
 
     def __init__(
-        self, model: StreamingModel, spec: MemorySpec, gradient: Gradient | None = None, total_tokens: int = 0
+        self,
+        model: StreamingModel,
+        spec: MemorySpec,
+        gradient: Gradient | None = None,
+        total_tokens: int = 0,
+        attended: Attended | None = None,
     ) -> None:
-        self.model, self.spec, self.total_tokens = model, spec, total_tokens
+        self.model, self.spec, self.total_tokens, self.attended = model, spec, total_tokens, attended
         self.gradient = gradient or Gradient("none")
-        self.selector = spec.make_selector()
-        self.allocation = spec.make_allocation()
-        itemsize = torch.finfo(model.dtype).bits // 8
-        self.budgets = spec.layer_budgets(model.n_layers, model.kv_heads, model.head_dim, itemsize)
-        self._grams: dict[int, Tensor] = {}
+        self.chooser = Chooser(model, spec)
         if model.device.type == "cuda":
             kernels.install()
         if self.gradient.kind in ("last", "stop_layer") and total_tokens < 1:
@@ -122,8 +126,8 @@ class Stream:
         """An empty memory for `batch` streams of equal layout. What selectors derive from the weights alone is made
         anew: between two streams the weights may have changed."""
         m = self.model
-        self._grams.clear()
-        wants_hidden = "hidden" in self.selector.needs and not self.spec.unlimited
+        self.chooser.start()
+        wants_hidden = "hidden" in self.chooser.selector.needs and not self.spec.unlimited
         empty = LayerMemory.empty(
             batch,
             m.kv_heads,
@@ -162,7 +166,7 @@ class Stream:
         (`MediaEncoder.waiting`). For questions asked now; the stream itself goes on from `state`."""
         return self.flush(state if waiting is None else self.feed(state, waiting))
 
-    def ask(self, state: StreamState, questions: list[TokenBlock]) -> Tensor:
+    def ask(self, state: StreamState, questions: list[TokenBlock], watch: tuple[Watch, Tensor] | None = None) -> Tensor:
         """Hidden states of questions that read the memory and nothing of each other.
 
         `state` is left as it was, so any number of questions can share one pass over the stream. Tokens still pending
@@ -170,6 +174,7 @@ class Stream:
 
         Args:
             questions: text blocks (B, n_i) with the positions they have in the uncompressed stream.
+            watch: notes what they look at; with it (B, sum n_i) bool, the tokens that count.
 
         Returns:
             (B, sum n_i, E), before the final norm.
@@ -180,7 +185,7 @@ class Stream:
         offset = state.offset
 
         def run(layers: Layers) -> Tensor:
-            return self._extend(layers, block, offset, mask)[1]
+            return self._extend(layers, block, offset, mask, watch)[1]
 
         with self._grad(True):
             if self._checkpoints():
@@ -212,34 +217,38 @@ class Stream:
         stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
         rest, first, past = state.without_layers(), FirstPass(), None
 
-        def run(layers: Layers) -> Layers:
+        def run(layers: Layers) -> tuple[Layers, Tensor | None]:
             return self._layers_of_chunk(layers, chunk, rest, stop_layer, first)
 
         with self._grad(due != "none"):
             if due != "none" and self._checkpoints():
                 before = state.past or Snapshot(state.layers)
-                layers = recomputed(run, state.layers, before, chunk.embeds)
+                layers, lost = recomputed(run, state.layers, before, chunk.embeds)
                 past = Snapshot(layers)
                 if self._can_undo(layers):
                     before.follow(past, first.undo)
             else:
-                layers = run(state.layers)
+                layers, lost = run(state.layers)
             first.undo = []
-        evicted = any(r is not None for r in first.rows)
-        offset, horizon = self._move(state, layers, chunk, evicted)
-        return StreamState(layers, None, state.n_run + chunk.n, state.n_chunks + 1, offset, horizon, past)
+        n_choices = sum(r is not None for r in first.rows)
+        offset, horizon = self._move(state, layers, chunk, n_choices > 0)
+        retention = state.retention
+        if lost is not None:
+            before_it, n_before = retention or (torch.zeros_like(lost), 0)
+            retention = before_it + lost, n_before + n_choices
+        return StreamState(layers, None, state.n_run + chunk.n, state.n_chunks + 1, offset, horizon, past, retention)
 
     def _layers_of_chunk(
         self, layers: Layers, chunk: TokenBlock, state: StreamState, stop_layer: int, first: FirstPass
-    ) -> Layers:
-        """All layers on one chunk. `first` is empty on the first pass, which fills it, and full on a recomputation,
-        which must not select anew (rounding could tip a tie)."""
-        hidden, kept = chunk.embeds, []
+    ) -> tuple[Layers, Tensor | None]:
+        """All layers on one chunk: what they keep, and the sum of their retention losses. `first` is empty on the first
+        pass, which fills it, and full on a recomputation, which must not select anew (rounding could tip a tie)."""
+        hidden, kept, lost = chunk.embeds, [], list[Tensor]()
         positions = _shift(chunk, state.offset)
         rope = self.model.rope(positions)
         index = torch.arange(state.n_run, state.n_run + chunk.n, device=hidden.device).expand(hidden.shape[0], -1)
         first_pass = not first.rows
-        n_text = self._count_text(layers, chunk) if first_pass else 0
+        n_text = self.chooser.count_text(layers[0], chunk.modality) if first_pass else 0
         bare, notes = not first_pass and self._can_undo(layers), first_pass and self._checkpoints()
         for layer, memory in enumerate(layers):
             with torch.no_grad() if layer >= stop_layer else nullcontext():
@@ -255,67 +264,21 @@ class Stream:
                     )
                 tokens = memory.append(new, tap.joined)
                 if first_pass:
-                    rows, evidence = self._select(layer, tokens, chunk.n, tap.queries, state.n_chunks, n_text)
+                    rows, evidence = self.chooser.choose(layer, tokens, tap.queries, state.n_chunks, n_text)
                     first.rows.append(None if rows is None else narrow(rows, tokens.n_tokens))
                     tokens = tokens if evidence is None else tokens.with_evidence(evidence)
                     if notes and self._can_undo(layers):
                         first.undo.append(Undo.of(tokens, memory.n_tokens, first.rows[layer]))
                 chosen = first.rows[layer]
+                if self.attended is not None and chosen is not None and self.model.importance_head is not None:
+                    head = self.model.importance_head[layer]
+                    lost.append(retention_loss(tokens, head, self.attended.layers[layer]))
                 kept.append(self._keep(tokens, None if chosen is None else chosen.long()))
-        return tuple(kept)
+        return tuple(kept), torch.stack(lost).sum() if lost else None
 
     def _can_undo(self, layers: Layers) -> bool:
         """Whether what is kept stays as it is: then older memories follow from newer ones."""
         return self.spec.positions == "absolute" and layers[0].hidden is None
-
-    def _count_text(self, layers: tuple[LayerMemory, ...], chunk: TokenBlock) -> int:
-        """Text tokens among the candidates of a chunk. Text is never dropped, so it is the same number in every layer;
-        asked once, the host waits for the device once a chunk and not once a layer."""
-        if all(budget is None for budget in self.budgets):
-            return 0
-        modality = torch.cat([layers[0].modality[0, 0], chunk.modality[0]])
-        return int((modality == TEXT).sum())
-
-    @torch.no_grad()
-    def _select(
-        self, layer: int, tokens: LayerMemory, n_chunk: int, queries: Tensor, chunk: int, n_text: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Rows to keep (None: all) and the evidence (B, G, S) to store (None: none measured)."""
-        budget = self.budgets[layer]
-        if budget is None:
-            return None, None
-        left = self.spec.media_budget(budget, n_text)
-        allocation = self.allocation
-        if left.audio is not None and left.visual is not None:
-            allocation = Fixed(audio=left.audio, visual=left.visual)
-        n_memory, needs = tokens.n_tokens - n_chunk, self.selector.needs
-        gram = self._gram(layer) if "output_gram" in needs else None
-        probes = self.selector.probes().rows(n_chunk, queries.device)
-        view = Candidates(
-            tokens=tokens.detach(),
-            n_memory=n_memory,
-            queries=queries.detach()[:, :, probes],
-            query_rows=probes + n_memory,
-            scaling=self.model.head_dim**-0.5,
-            output_weight=self.model.output_weight(layer) if "output_weight" in needs and gram is None else None,
-            layer=layer,
-            n_layers=self.model.n_layers,
-            seed=hash((self.spec.seed, chunk, layer)) & 0x7FFFFFFF,
-            rotary=self.model.rotary() if "rotary" in needs else None,
-            known_text=n_text,
-            output_gram=gram,
-        )
-        rows, scored = choose(view, self.selector, allocation, left.total)
-        evidence = None if scored is None or scored.importance is None else scored.importance.float()
-        return (None if rows.shape[-1] == tokens.n_tokens else rows), evidence
-
-    def _gram(self, layer: int) -> Tensor:
-        """W_h^T W_h of a layer's output projection, made once a stream."""
-        if layer not in self._grams:
-            with torch.autocast(self.model.device.type, enabled=False):
-                weight = self.model.output_weight(layer)
-                self._grams[layer] = own_gram(weight, self.model.kv_heads, self.model.heads)
-        return self._grams[layer]
 
     def _keep(self, tokens: LayerMemory, rows: Tensor | None) -> LayerMemory:
         """The selected tokens, moved together where positions are compact."""
@@ -327,7 +290,12 @@ class Stream:
         return kept
 
     def _extend(
-        self, layers: Layers, block: TokenBlock, offset: Tensor, mask: Tensor | None = None
+        self,
+        layers: Layers,
+        block: TokenBlock,
+        offset: Tensor,
+        mask: Tensor | None = None,
+        watch: tuple[Watch, Tensor] | None = None,
     ) -> tuple[Layers, Tensor]:
         """Run text after the memory without compressing: the grown memory, and hidden states (B, n, E)."""
         hidden, grown = block.embeds, []
@@ -338,7 +306,10 @@ class Stream:
             tap = Tap(memory if memory.n_tokens else None, mask)
             layer_input = hidden if memory.hidden is not None else None
             hidden = self.model.run_layer(layer, hidden, rope, tap, block.extras)
-            assert tap.keys is not None and tap.values is not None
+            assert tap.keys is not None and tap.values is not None and tap.queries is not None
+            if watch is not None:
+                keys = torch.cat([memory.keys, tap.keys], 2) if tap.joined is None else tap.joined[0]
+                watch[0].add(layer, tap.queries, keys, memory, watch[1], mask)
             new = LayerMemory.from_chunk(
                 tap.keys, tap.values, positions, block.modality, block.time_s, index, layer_input
             )

@@ -32,9 +32,10 @@ from omnimem_train.checkpoint import (
 from omnimem_train.config import save_resolved, to_plain
 from omnimem_train.data import BrokenMedia, DataConfig, StreamDataset, StreamLoader, load_manifest
 from omnimem_train.errors import UserError
+from omnimem_train.models.importance import add_importance_head, load_importance_head, trained_parameters
 from omnimem_train.models.interface import MediaInfo, StreamingModel
 from omnimem_train.models.loading import load
-from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, lora_parameters, settings_of
+from omnimem_train.models.lora import add_lora, disable_adapter, load_adapter, settings_of
 from omnimem_train.rng import rng_state, set_rng_state, versions
 from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
 from omnimem_train.runlock import run_lock
@@ -80,6 +81,9 @@ def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSour
         modules = len(add_lora(model, config.lora))
     else:
         modules = load_adapter(model, config.model.adapter, trainable=True)["modules"]
+        load_importance_head(model, config.model.adapter)
+    if config.loss.retention > 0:
+        add_importance_head(model)
     model.module.train()
     source = make_source(model) if make_source else clip_source(samples, config, model, world, rank)
     sampler = BudgetSampler(config.budgets, config.memory.chunk_tokens)
@@ -176,7 +180,7 @@ class Run:
         return save_checkpoint(
             self.config.train.output / "checkpoints",
             step,
-            tensors={"adapter": dict(lora_parameters(self.model))},
+            tensors={"adapter": dict(trained_parameters(self.model))},
             objects={} if sharded else {"optimizer": self.optimizer.state_dict()},
             rank_objects={"rng": rng_state(), "position": self.source.position},
             meta=self.settings() | about,
@@ -197,7 +201,7 @@ class Run:
         held = load_checkpoint(path, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes)
         self.sampler.load_state_dict(held.meta["budgets"])
         with torch.no_grad():
-            for name, parameter in lora_parameters(self.model):
+            for name, parameter in trained_parameters(self.model):
                 parameter.copy_(held.tensors["adapter"][name])
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.stepper.load_checkpoint(str(path / "deepspeed"), tag="engine", load_module_strict=False)
@@ -300,8 +304,13 @@ def preflight(run: Run) -> None:
     config, model = run.config, run.model
     if config.gradient.kind == "none":
         raise UserError("gradient.kind=none trains nothing", remedy="choose all, last or stop_layer")
+    if config.loss.retention > 0 and "importance_head" not in config.memory.make_selector().needs:
+        raise UserError(
+            f"loss.retention={config.loss.retention} trains an importance that memory.selector does not read",
+            remedy="set memory.selector=omnimem and memory.selector_options.importance=learned, or loss.retention=0",
+        )
     Stream(model, config.memory, config.gradient, total_tokens=1)
-    budgets = Stream(model, config.memory.at(config.budgets.smallest)).budgets
+    budgets = Stream(model, config.memory.at(config.budgets.smallest)).chooser.budgets
     info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)
     for prefix in run.source.prefixes():
         opening = model.open(info, config.data.fps, prefix=prefix, **config.encoder).start()
@@ -349,6 +358,9 @@ def note_result(meter: Meter, result: StepResult, config: RunConfig, draw: Draw)
     meter.mean(f"loss_by_budget/{config.budgets.band_of(draw.budget, BANDS)}", loss, result.targets)
     if config.loss.distill > 0:
         meter.mean("distill_loss", result.distill_loss / result.targets, result.targets)
+    if config.loss.retention > 0:  # every rank notes it, chosen or not
+        lost = result.retention_loss
+        meter.mean("retention_loss", 0.0 if lost is None else lost, float(lost is not None))
     meter.count("tokens", result.stream_tokens)
     for name, kept in result.kept.items():
         seen = result.seen[name]  # every rank notes every name, seen or not: the meter sums over ranks by place

@@ -63,7 +63,7 @@ def test_measuring_changes_nothing(nano_session: StreamingModel) -> None:
     inner = make_allocation("avba")
     want = stream_of(nano_session, clip, SPEC)
     stream = Stream(nano_session, SPEC)
-    stream.allocation = Recorder(inner, 3)
+    stream.chooser.allocation = Recorder(inner, 3)
     encoder = nano_session.open(clip.info, 2.0)
     got = stream.flush(stream.feed_all(stream.start(), encode(encoder, clip.windows(2.0))))
     for a, b in zip(want.layers, got.layers, strict=True):

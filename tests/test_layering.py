@@ -20,7 +20,7 @@ LAYERS = [
     ["media_decode"],
     ["media_sound"],
     ["media_worker"],
-    ["media", "benchmarks", "losses", "budget_sampling", "snapshots"],
+    ["media", "benchmarks", "losses", "retention", "choosing", "budget_sampling", "snapshots"],
     ["manifest"],
     ["data"],
     ["streaming"],

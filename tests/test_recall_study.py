@@ -21,7 +21,7 @@ from omnimem_train.streaming import Stream
 from scripts.recall.finetune import ARMS, MINUTE, WorldSource, WorldTurns, configure
 from scripts.recall.jobs import Answers, Context, SetSpec, Tune, merge
 from scripts.recall.load import load
-from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, original_forms, other_forms
+from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, learned, original_forms, other_forms
 from scripts.recall.pretrain import LEVELS, new_model, one_pass, save_model
 from scripts.recall.pretrain import main as pretrain
 from scripts.recall.study import Chosen, sets, study_jobs
@@ -141,7 +141,9 @@ def test_all_jobs_of_the_study_have_names_of_their_own() -> None:
     assert tunes["critical_kv_lora"].loop == tuned
     assert tunes["critical_kv_lora"].read == (form, tuned)
     assert tunes["window_lora"].loop.rule == "sliding_window" and tunes["window_lora"].read == (form,)
-    assert tunes["budget_lora"].loop == tunes["fixed_lora"].loop == form
+    assert tunes["budget_lora_plain"].loop == tunes["fixed_lora"].loop == form
+    assert tunes["budget_lora"].read == (tunes["budget_lora"].loop,) == (learned(form),)
+    assert learned(form).spec(49).selector_options["importance"] == "learned"
     assert len({repr(job) for job in jobs}) == len(jobs)
     answers = [job for job in jobs if isinstance(job, Answers)]
     places = {(job.study, job.model, job.part) for job in answers}
@@ -200,6 +202,7 @@ def test_arms_differ_in_the_loop_alone(base: Path) -> None:
     assert runs["fixed_lora"].budgets.choices == (BUDGETS[-2],)
     assert {arm for arm, a in ARMS.items() if a.rival} == {"critical_kv_lora", "window_lora"}
     assert runs["budget_lora"].memory == best.spec(BUDGETS[-2])
+    assert {arm for arm, run in runs.items() if run.loss.retention} == {arm for arm, a in ARMS.items() if a.learned}
     assert replace(runs["budget_lora"].budgets, seed=0) == replace(runs["critical_kv_lora"].budgets, seed=0)
     assert LEVELS[-1][0] == 60
 

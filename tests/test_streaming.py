@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from toy import ToyModel, toy_question, toy_stream
 
-from omnimem_train import streaming
+from omnimem_train import choosing
+from omnimem_train.choosing import Chooser
 from omnimem_train.errors import UserError
 from omnimem_train.memory.selector import Candidates, choose
 from omnimem_train.memory.spec import MemorySpec
@@ -171,8 +172,8 @@ def test_checkpointed_gradients_equal_plain_ones(gradient: Gradient, positions: 
 
 def test_recomputation_reuses_the_first_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    select = Stream._select
-    monkeypatch.setattr(Stream, "_select", lambda self, *a: calls.append(1) or select(self, *a))
+    choose = Chooser.choose
+    monkeypatch.setattr(Chooser, "choose", lambda self, *a: calls.append(1) or choose(self, *a))
     loss_and_grads(ToyModel(), BUDGETED, Gradient("all"), n=35)
     assert len(calls) == 3 * 5  # layers x chunks, once each
 
@@ -291,7 +292,7 @@ def views(monkeypatch: pytest.MonkeyPatch, spec: MemorySpec) -> list[tuple[Candi
         seen.append((c, rows))
         return rows, scored
 
-    monkeypatch.setattr(streaming, "choose", spy)
+    monkeypatch.setattr(choosing, "choose", spy)
     stream = Stream(ToyModel(), spec)
     stream.flush(stream.feed(stream.start(), toy_stream(33)))
     return seen

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from omnimem_train.memory.fast import fast
+from omnimem_train.memory.learned import learned_logits
 from omnimem_train.memory.numeric import products, real
 from omnimem_train.memory.options import one_of, within
 from omnimem_train.memory.redundancy import EvidenceSelector, neighbour_cosine, sequence_cosine
@@ -41,7 +42,9 @@ class OmniMem(EvidenceSelector):
             lambda a / sum(a) - 2 s, the released code's other form (sum over all candidates, text included).
         importance: how attention A of the chunk's queries is reduced. "exact" sum over queries of A averaged over
             heads, the paper; "exact_mean" the same divided by the number of queries, the released code's "exact";
-            "approximate" one softmax of logits averaged over heads, summed over queries, its default.
+            "approximate" one softmax of logits averaged over heads, summed over queries, its default. "learned" needs
+            no queries: a linear reading of the layer input, trained with `loss.retention` (ours; at lambda 0.02 it
+            counts for little, 0.3 suits it).
         neighbours: "modality" s_i is the mean cosine with the neighbours of the same modality, the paper (the first and
             last have one neighbour); "sequence" with the neighbours in the whole sequence, a missing one counting as 1,
             the released code.
@@ -64,25 +67,28 @@ class OmniMem(EvidenceSelector):
         super().__post_init__()
         within("lam", self.lam, 0)
         one_of("formula", self.formula, ("product", "sqrt_product", "sum"))
-        one_of("importance", self.importance, ("exact", "exact_mean", "approximate"))
+        one_of("importance", self.importance, ("exact", "exact_mean", "approximate", "learned"))
         one_of("neighbours", self.neighbours, ("modality", "sequence"))
         one_of("features", self.features, ("hidden", "keys", "values"))
 
     @property
     def needs(self) -> frozenset[str]:
-        """Layer inputs, if they are what is compared."""
-        return frozenset({"hidden"} if self.features == "hidden" else ())
+        """Layer inputs, if they are what is compared or read, and what reads them."""
+        learned = self.importance == "learned" and self.lam > 0
+        hidden = {"hidden"} if learned or self.features == "hidden" else set()
+        return frozenset(hidden | ({"importance_head"} if learned else set()))
 
     def probes(self) -> Probes:
-        """All, or none with lambda 0."""
-        return Probes("all" if self.lam > 0 else "none")
+        """All, or none where nothing is asked."""
+        return Probes("all" if self.lam > 0 and self.importance != "learned" else "none")
 
     def measure(self, c: Candidates, keep: int) -> Scored:
         """The formula; `Scored.redundancy` is s."""
         s = self._redundancy(c)
         if self.lam == 0:
             return Scored(self._for_heads(c, -2 * s), redundancy=self._for_heads(c, s))
-        a = self.remembered(c, self._for_heads(c, self._importance(c)))[:, 0]
+        fresh = self._for_heads(c, self._importance(c))
+        a = (fresh if self.importance == "learned" else self.remembered(c, fresh))[:, 0]
         if self.formula == "sum":
             score = self.lam * a / a.sum(dim=-1, keepdim=True).clamp(min=1e-30) - 2 * s
         else:
@@ -101,10 +107,20 @@ class OmniMem(EvidenceSelector):
 
     def _importance(self, c: Candidates) -> Tensor:
         """(B, S)."""
+        if self.importance == "learned":
+            return self._learned(c)
         if self.importance == "approximate":
             return self._attention_of_mean_logits(c)
         total = self._attention_sum(c)
         return total / max(1, c.query_rows.shape[0]) if self.importance == "exact_mean" else total
+
+    @staticmethod
+    def _learned(c: Candidates) -> Tensor:
+        """(B, S), 1 for the most important candidate."""
+        if c.tokens.hidden is None or c.importance_head is None:
+            raise ValueError("a learned importance reads layer inputs with Candidates.importance_head; give both")
+        logits = learned_logits(c.tokens.hidden, c.tokens.modality[:, 0], c.importance_head)
+        return (logits - logits.amax(-1, keepdim=True)).exp()
 
     @staticmethod
     def _attention_sum(c: Candidates) -> Tensor:

@@ -65,6 +65,7 @@ class Candidates:
         output_weight: (E, H * D) effective output projection W, or None when the selector does not need it.
         output_gram: (G, H/G, D, D) W_h^T W_h of each query head, or None. It changes with the weights alone, so a
             stream makes it once (`omnimem_train.memory.perturbation.own_gram`); without it a selector makes it from W.
+        importance_head: (2, E) what reads a learned importance off layer inputs, or None.
         rotary: how the model rotates keys, or None when the selector does not need it.
         layer, n_layers: which layer this is.
         seed: for selectors that draw at random; differs by chunk and layer, repeats with the run.
@@ -84,6 +85,7 @@ class Candidates:
     rotary: Rotary | None = None
     known_text: int | None = None
     output_gram: Tensor | None = None
+    importance_head: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -199,8 +201,8 @@ class Selector(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of {"hidden", "output_weight", "output_gram", "rotary"}, the inputs it reads beside keys, values and queries.
-        One that names both "output_weight" and "output_gram" makes do with either."""
+        """Of {"hidden", "output_weight", "output_gram", "rotary", "importance_head"}, the inputs it reads beside keys,
+        values and queries. One that names both "output_weight" and "output_gram" makes do with either."""
         return frozenset()
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -221,9 +221,15 @@ class StreamingModel(ABC):
     eos_ids: tuple[int, ...]
     module: nn.Module
     tokenizer: Any
+    HEAD: ClassVar[str] = "omnimem_importance"  # the parameter of `module` that `importance_head` is
     adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
     adapter_layouts: tuple[str, ...] = ("peft",)
     """Names under which an adapter can be exported. The first is what peft writes for the class of `module`."""
+
+    @property
+    def importance_head(self) -> nn.Parameter | None:
+        """(L, 2, E) what a learned importance is read with (`omnimem_train.models.importance`), or None."""
+        return getattr(self.module, self.HEAD, None)
 
     @property
     @abstractmethod

@@ -88,9 +88,11 @@ def load_model(
             remedy="fetch the checkpoint again; its config.json, weights and tokenizer must belong together",
         ) from error
     if config.adapter is not None:
+        from omnimem_train.models.importance import load_importance_head
         from omnimem_train.models.lora import load_adapter  # peft only where an adapter is
 
         load_adapter(model, config.adapter)
+        load_importance_head(model, config.adapter)
     return model
 
 

@@ -76,13 +76,15 @@ class Arm:
     """What one fine-tuning differs in.
 
     Attributes:
-        rival: the rule in the loop, in its tuned original form; None for the study's best method.
+        rival: the rule in the loop, in its tuned original form; None for a method of ours.
+        learned: ours with a learned importance, which is trained along; without it the study's best training-free one.
         budgets: how they are drawn (`Scale.budgets`).
         gradient, loss: of the loop.
         narrate: also ask for everything in order.
     """
 
     rival: str | None = None
+    learned: bool = False
     budgets: str = "random"
     gradient: Gradient = ALL
     loss: LossConfig = field(default_factory=LossConfig)
@@ -90,17 +92,24 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "budget_lora": Arm(),
+    "budget_lora": Arm(learned=True),
+    "budget_lora_plain": Arm(),
     "full_lora": Arm(budgets="full"),
     "critical_kv_lora": Arm(rival="critical_kv"),
     "window_lora": Arm(rival="sliding_window"),
     "fixed_lora": Arm(budgets="fixed"),
-    "budget_lora_last1": Arm(gradient=replace(ALL, kind="last", chunks=1)),
-    "budget_lora_last4": Arm(gradient=replace(ALL, kind="last", chunks=4)),
-    "budget_lora_stop3": Arm(gradient=replace(ALL, kind="stop_layer", layer=3)),
-    "budget_lora_distill": Arm(loss=LossConfig(answer=1.0, distill=0.5)),
-    "budget_lora_narrate": Arm(narrate=True),
+    "budget_lora_one_budget": Arm(learned=True, budgets="fixed"),
+    "budget_lora_last1": Arm(learned=True, gradient=replace(ALL, kind="last", chunks=1)),
+    "budget_lora_last4": Arm(learned=True, gradient=replace(ALL, kind="last", chunks=4)),
+    "budget_lora_stop3": Arm(learned=True, gradient=replace(ALL, kind="stop_layer", layer=3)),
+    "budget_lora_distill": Arm(learned=True, loss=LossConfig(answer=1.0, distill=0.5)),
+    "budget_lora_narrate": Arm(learned=True, narrate=True),
 }
+
+
+CONTROLS = ("full_lora", "critical_kv_lora", "window_lora", "fixed_lora")
+MAIN_ARMS = ("budget_lora", "budget_lora_plain", *CONTROLS)
+ABLATED = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
 
 
 def configure(arm: str, base: Path, out: Path, loop: Form, scale: Scale, seed: int, lr: float = 5e-4) -> RunConfig:
@@ -112,7 +121,7 @@ def configure(arm: str, base: Path, out: Path, loop: Form, scale: Scale, seed: i
         memory=loop.spec(scale.fixed, scale.chunk),
         budgets=scale.budgets(a.budgets, seed),
         gradient=a.gradient,
-        loss=a.loss,
+        loss=replace(a.loss, retention=float(a.learned)),
         train=TrainConfig(
             output=out, steps=scale.steps, lr=lr, warmup_steps=10, seed=seed, log_every=20, keep=1, resume="auto"
         ),

@@ -27,7 +27,7 @@ from omnimem_train.rng import versions
 from omnimem_train.streaming import Stream, StreamState
 from omnimem_train.trainer import train
 from scripts.recall.asking import FORM, Asker, ClipSet, clip_set
-from scripts.recall.finetune import MINUTE, Scale, configure, source_for
+from scripts.recall.finetune import ABLATED, MINUTE, Scale, configure, source_for
 from scripts.recall.methods import CHUNK, FULL, FULL_DESCRIBED, Form
 
 
@@ -264,7 +264,7 @@ class Tune:
         train(config, source_for(self.arm, pool.specs, pool.media.to(getattr(torch, scale.dtype)), scale, self.seed))
         export_adapter(out, context.work / "adapters" / name, device=context.device)
         forms = tuple((form, budget) for form in self.read for budget in scale.asked)
-        study = "ablation" if self.arm.startswith("budget_lora_") else "finetune"
+        study = "ablation" if self.arm in ABLATED else "finetune"
         options: dict[str, Any] = {"full": True, "dtype": scale.dtype, "chunk": scale.chunk}
         return Answers(study, self.base, scale.clip_set, forms, arm=self.arm, seed=self.seed, **options).run(context)
 

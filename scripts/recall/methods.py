@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[Options, ...]] = {
 # The answers in results/ were made with other sets for three of them: windows of 64, 16 and 128 for SnapKV, of 64 and
 # 128 for CriticalKV, blocks of 128 and 32 for LagKV, which two budgets are too small for.
 OURS = ("perturbation", "omnimem")
+LEARNED = "learned"  # `omnimem` with a learned importance: for models that were fine-tuned with one
 AUGMENTED = (
     "snapkv", "observed_attention", "critical_kv", "infinipot_v", "key_difference", "expected_attention",
     "tova", "lagkv",
@@ -75,7 +76,7 @@ class Form:
     @property
     def family(self) -> str:
         """As the results page sorts methods."""
-        if self.rule in OURS:
+        if self.rule in (*OURS, LEARNED):
             return "omnimem"
         return "augmented" if self.rho or self.allocation is not None else "rival"
 
@@ -94,7 +95,10 @@ class Form:
             extra = {"allocation": "split", "allocation_options": {"audio": self.allocation}}
         elif self.allocation is not None:
             extra = {"allocation": self.allocation}
-        return MemorySpec(selector=self.rule, selector_options=options, budget=budget, chunk_tokens=chunk, **extra)
+        rule = self.rule
+        if rule == LEARNED:
+            rule, options = "omnimem", options | {"importance": "learned"}
+        return MemorySpec(selector=rule, selector_options=options, budget=budget, chunk_tokens=chunk, **extra)
 
     @classmethod
     def read(cls, kind: str, tuned: Mapping[str, Any]) -> Form:
@@ -131,6 +135,11 @@ def other_forms(chosen: Form) -> list[Form]:
     if rule in OURS:
         forms += [Form(rule, options, rho, name) for rho in rhos for name in ("avba", "mass")]
     return [form for form in forms if form != chosen]
+
+
+def learned(best: Form) -> Form:
+    """The form with a learned importance that fine-tuning has in the loop: the split of the best training-free form."""
+    return Form(LEARNED, (("lam", 0.3),), allocation=best.allocation if isinstance(best.allocation, float) else 0.5)
 
 
 def choose(scores: Mapping[Form, float]) -> dict[str, Form]:

@@ -26,14 +26,23 @@ from typing import Any
 from data_prep.world import WorldSettings
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
-from scripts.recall.finetune import ARMS, MINUTE, SHORT, Scale
+from scripts.recall.finetune import ABLATED, ARMS, MAIN_ARMS, MINUTE, SHORT, Scale
 from scripts.recall.jobs import Answers, Context, Pictures, Precision, SetSpec, Tune, merge
 from scripts.recall.load import load
-from scripts.recall.methods import BUDGETS, FULL, OPTIONS, TUNED_AT, Form, best_of, choose, original_forms, other_forms
+from scripts.recall.methods import (
+    BUDGETS,
+    FULL,
+    OPTIONS,
+    TUNED_AT,
+    Form,
+    best_of,
+    choose,
+    learned,
+    original_forms,
+    other_forms,
+)
 from scripts.recall.modality import Modalities
 
-CONTROLS = ("full_lora", "critical_kv_lora", "window_lora", "fixed_lora")
-ABLATED = tuple(arm for arm in ARMS if arm.startswith("budget_lora_"))
 WORLDS = tuple(
     (loudness, copies, share) for share in (0.3, 0.5, 0.7) for copies in (0.0, 0.5, 1.5) for loudness in (0.0, 1.0, 2.0)
 )
@@ -110,11 +119,12 @@ class Chosen:
     strong: tuple[Form, ...] = ()
 
     def tune(self, base: int, arm: str, seed: int, scale: Scale = MINUTE) -> Tune:
-        """The job of a fine-tuning arm. All are read with our best method, one with CriticalKV in the loop also with
-        that."""
+        """The job of a fine-tuning arm. All are read with our best training-free method, but those with a learned
+        importance with that; and one with CriticalKV in the loop also with CriticalKV."""
         rival = ARMS[arm].rival
-        loop = self.best if rival is None else self.forms[rival]
-        read = (self.best, loop) if rival == "critical_kv" else (self.best,)
+        own = learned(self.best) if ARMS[arm].learned else self.best
+        loop = own if rival is None else self.forms[rival]
+        read = (own, loop) if rival == "critical_kv" else (own,)
         return Tune(base, arm, seed, loop, read, scale)
 
     @classmethod
@@ -159,9 +169,6 @@ def study_jobs(bases: int, chosen: Chosen, seeds: int) -> list[Any]:
     jobs += [Precision(base, at([chosen.best, chosen.rival], TUNED_AT)) for base in range(bases)]
     jobs += [chosen.tune(0, arm, 0) for arm in ABLATED]
     return jobs
-
-
-MAIN_ARMS = ("budget_lora", *CONTROLS)
 
 
 def interleave(slow: Sequence[Any], fast: Sequence[Any]) -> list[Any]:

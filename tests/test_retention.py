@@ -1,0 +1,200 @@
+"""The loss that teaches a learned importance: what it is taught, who learns, and how the head travels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import omni_clips
+import pytest
+import torch
+from test_calibration import stream_of
+from torch import Tensor
+from toy import ToyModel, toy_question, toy_stream
+
+from omnimem_train.errors import UserError
+from omnimem_train.losses import LossConfig
+from omnimem_train.memory import MemorySpec
+from omnimem_train.memory.state import AUDIO, TEXT, VISUAL, LayerMemory
+from omnimem_train.models.importance import FILE, add_importance_head, load_importance_head, save_importance_head
+from omnimem_train.models.interface import StreamingModel
+from omnimem_train.models.loading import load_model
+from omnimem_train.models.lora import LoraSettings, add_lora
+from omnimem_train.retention import Watch, retention_loss
+from omnimem_train.session import model_fingerprint
+from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
+from omnimem_train.streaming import Gradient, Stream
+
+LEARNED = MemorySpec("omnimem", {"importance": "learned", "lam": 0.3}, budget=10, chunk_tokens=8)
+FULL = MemorySpec("full", budget=None, chunk_tokens=8)
+
+
+def question(n: int, read: list[int], at: int = 40) -> Question:
+    """A question of one stream whose rows `read` are supervised."""
+    rows = torch.tensor(read)
+    return Question(toy_question(n, at), torch.stack([torch.zeros_like(rows), rows], -1), torch.zeros_like(rows))
+
+
+def attention_by_hand(model: ToyModel, question: Question, counts: int) -> list[Tensor]:
+    """(1, T) for each layer: a stock pass over stream and question, and the attention of its first `counts` tokens."""
+    state = Stream(model, FULL).flush(Stream(model, FULL).feed(Stream(model, FULL).start(), toy_stream(33)))
+    seen: list[Tensor] = []
+    original = model.run_layer
+
+    def spy(layer: int, hidden: Tensor, rope: object, tap: object, extras: object) -> Tensor:
+        out = original(layer, hidden, rope, tap, extras)
+        b, heads, n, d = tap.queries.shape
+        keys = torch.cat([tap.memory.keys, tap.keys], 2)
+        keys = keys.repeat_interleave(heads // keys.shape[1], 1)
+        logits = tap.queries @ keys.mT * d**-0.5
+        logits = logits.masked_fill(~torch.ones(n, 33 + n, dtype=torch.bool).tril(33), float("-inf"))
+        most = logits.softmax(-1)[:, :, :counts, :33].amax(2)
+        seen.append(most.view(b, tap.keys.shape[1], -1, 33).amax(2).mean(1))
+        return out
+
+    model.run_layer = spy  # type: ignore[method-assign]
+    Stream(model, FULL).ask(state, [question.block])
+    model.run_layer = original  # type: ignore[method-assign]
+    return seen
+
+
+def watched(model: ToyModel, questions: list[Question]) -> list[Tensor]:
+    from omnimem_train.step import answer_logits
+
+    watch = Watch(33, model.n_layers)
+    with torch.no_grad():
+        answer_logits(Stream(model, FULL), EncodedStream([toy_stream(33)], [Moment(1, None, questions)]), watch)
+    return list(watch.attended().layers)
+
+
+def test_what_questions_look_at() -> None:
+    """The most attention any of their tokens pays; tokens after the last that is read are padding."""
+    model = ToyModel()
+    one, other = question(5, [1, 2]), question(4, [3])
+    by_hand = [attention_by_hand(model, q, n) for q, n in ((one, 3), (other, 4))]
+    for got, first, second in zip(watched(model, [one, other]), *by_hand, strict=True):
+        torch.testing.assert_close(got, first.maximum(second).float(), rtol=1e-5, atol=1e-7)
+    for got, first in zip(watched(model, [one]), by_hand[0], strict=True):
+        torch.testing.assert_close(got, first.float(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_loss_is_a_cross_entropy_for_each_modality() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 6, 4)
+    modality = torch.tensor([[TEXT, VISUAL, VISUAL, AUDIO, AUDIO, AUDIO]] * 2, dtype=torch.int8)
+    index = torch.arange(6).expand(2, 6)
+    tokens = LayerMemory.from_chunk(
+        torch.zeros(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), torch.zeros(2, 6, 3).long(), modality, index.float(), index,
+        hidden.requires_grad_(),
+    )  # fmt: skip
+    head = torch.randn(2, 4, requires_grad=True)
+    attended = torch.rand(2, 6)
+    attended[1, 1:3] = 0  # nothing of the second stream's picture is looked at
+    loss = retention_loss(tokens, head, attended)
+    unit = hidden.detach() / hidden.detach().square().mean(-1, keepdim=True).sqrt()
+    parts = []
+    for stream, rows, which in ((0, [1, 2], 0), (0, [3, 4, 5], 1), (1, [3, 4, 5], 1)):
+        target = attended[stream, rows] / attended[stream, rows].sum()
+        parts.append(-(target * (unit[stream, rows] @ head[which]).log_softmax(-1)).sum())
+    assert float(loss.detach()) == pytest.approx(float(torch.stack(parts).mean()), rel=1e-4)
+    loss.backward()
+    assert head.grad is not None and float(head.grad.abs().sum()) > 0
+    assert hidden.grad is None
+
+
+def head_gradient(checkpointing: bool) -> tuple[Tensor, Tensor]:
+    model = ToyModel()
+    head = add_importance_head(model)
+    with torch.no_grad():
+        head.normal_(generator=torch.Generator().manual_seed(0))
+    encoded = EncodedStream([toy_stream(33)], [Moment(1, None, [question(5, [1, 2])])])
+    step = StreamingStep(model, LossConfig(retention=1.0))
+    result = step(encoded, LEARNED, Gradient("all", checkpointing=checkpointing))
+    result.loss.backward()
+    assert result.retention_loss is not None and head.grad is not None
+    return result.loss.detach(), head.grad
+
+
+def test_recomputation_gives_the_head_the_same_gradient() -> None:
+    for a, b in zip(head_gradient(True), head_gradient(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert float(head_gradient(True)[1].abs().sum()) > 0
+
+
+def test_a_step_without_a_choice_gives_the_head_a_gradient_of_zero() -> None:
+    model = ToyModel()
+    head = add_importance_head(model)
+    encoded = EncodedStream([toy_stream(33)], [Moment(1, None, [question(5, [1, 2])])])
+    result = StreamingStep(model, LossConfig(retention=1.0))(encoded, LEARNED.replace(budget=None), Gradient("all"))
+    result.loss.backward()
+    assert result.retention_loss is None
+    assert head.grad is not None and not head.grad.any()
+
+
+def test_the_head_learns_and_then_keeps_what_is_asked_for() -> None:
+    """On streams whose questions look at what the model makes them look at, the share kept of it rises."""
+    model = ToyModel()
+    head = add_importance_head(model)
+    encoded = EncodedStream([toy_stream(33)], [Moment(1, None, [question(5, [1, 2, 3])])])
+    wanted = watched(model, encoded.questions)[1]
+    optimizer = torch.optim.Adam([head], 0.05)
+
+    def kept_share() -> float:
+        stream = Stream(model, LEARNED.replace(selector_options={"importance": "learned", "lam": 5.0}))
+        index = stream.flush(stream.feed(stream.start(), toy_stream(33))).layers[1].index[0, 0]
+        return float(wanted[0, index].sum() / wanted.sum())
+
+    before, losses = kept_share(), []
+    for _ in range(60):
+        result = StreamingStep(model, LossConfig(retention=1.0))(encoded, LEARNED, Gradient("all"))
+        losses.append(float(result.retention_loss))
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.01
+    assert kept_share() > before
+
+
+def test_a_memory_that_needs_a_head_says_so() -> None:
+    with pytest.raises(UserError, match="no head to read it with"):
+        Stream(ToyModel(), LEARNED)
+    model = ToyModel()
+    add_importance_head(model)
+    Stream(model, LEARNED)
+    Stream(ToyModel(), LEARNED.replace(budget=None))
+
+
+def test_a_head_of_zeros_is_redundancy_alone(nano: StreamingModel) -> None:
+    clip = omni_clips.Clip(8.0, 2.0)
+    spec = MemorySpec("omnimem", {"importance": "learned"}, budget=24, chunk_tokens=32)
+    add_importance_head(nano)
+    want = stream_of(nano, clip, spec.replace(selector_options={"lam": 0.0}))
+    got = stream_of(nano, clip, spec)
+    for a, b in zip(want.layers, got.layers, strict=True):
+        assert torch.equal(a.index, b.index)
+
+
+def test_a_head_travels_with_its_adapter(nano: StreamingModel, nano_folder: Path, tmp_path: Path) -> None:
+    add_lora(nano, LoraSettings(r=4, alpha=8.0))
+    before = model_fingerprint(nano)
+    head = add_importance_head(nano)
+    torch.nn.init.normal_(head)
+    assert model_fingerprint(nano) != before
+    assert model_fingerprint(nano, adapters=False) == model_fingerprint(load_model(nano_folder, device="cpu"), False)
+    save_importance_head(nano, tmp_path)
+    other = load_model(nano_folder, device="cpu")
+    load_importance_head(other, tmp_path)
+    assert other.importance_head is not None and torch.equal(other.importance_head, head)
+    assert not other.importance_head.requires_grad
+    (tmp_path / FILE).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot read"):
+        load_importance_head(other, tmp_path)
+    save_importance_head(load_model(nano_folder, device="cpu"), tmp_path)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_head_of_another_model_is_refused(nano: StreamingModel, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({nano.HEAD: torch.zeros(1, 2, 3)}, str(tmp_path / FILE))
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_importance_head(nano, tmp_path)
