@@ -14,6 +14,7 @@ from toy import ToyModel, toy_question, toy_stream
 from omnimem_train.errors import UserError
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory import MemorySpec
+from omnimem_train.memory.learned import WIDTH
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL, LayerMemory
 from omnimem_train.models.importance import FILE, add_importance_head, load_importance_head, save_importance_head
 from omnimem_train.models.interface import StreamingModel
@@ -90,7 +91,7 @@ def test_the_loss_is_a_cross_entropy_for_each_modality() -> None:
     attended = torch.rand(2, 6)
     attended[1, 1:3] = 0  # nothing of the second stream's picture is looked at
     loss = retention_loss(tokens, head, attended)
-    unit = hidden.detach() / hidden.detach().square().mean(-1, keepdim=True).sqrt()
+    unit = WIDTH / 4 * hidden.detach() / hidden.detach().square().mean(-1, keepdim=True).sqrt()
     parts = []
     for stream, rows, which in ((0, [1, 2], 0), (0, [3, 4, 5], 1), (1, [3, 4, 5], 1)):
         target = attended[stream, rows] / attended[stream, rows].sum()
@@ -136,7 +137,7 @@ def test_the_head_learns_and_then_keeps_what_is_asked_for() -> None:
     head = add_importance_head(model)
     encoded = EncodedStream([toy_stream(33)], [Moment(1, None, [question(5, [1, 2, 3])])])
     wanted = watched(model, encoded.questions)[1]
-    optimizer = torch.optim.Adam([head], 0.05)
+    optimizer = torch.optim.Adam([head], 0.002)
 
     def kept_share() -> float:
         stream = Stream(model, LEARNED.replace(selector_options={"importance": "learned", "lam": 5.0}))

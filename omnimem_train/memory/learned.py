@@ -11,6 +11,8 @@ from torch import Tensor
 from omnimem_train.memory.numeric import real
 from omnimem_train.memory.state import AUDIO
 
+WIDTH = 1024.0  # logits are scaled by WIDTH / E: a step of Adam then moves them alike, however wide the model is
+
 
 def learned_logits(hidden: Tensor, modality: Tensor, weight: Tensor) -> Tensor:
     """Logarithm of the importance, up to a constant.
@@ -25,5 +27,5 @@ def learned_logits(hidden: Tensor, modality: Tensor, weight: Tensor) -> Tensor:
     """
     x = hidden.to(real(hidden))
     x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    both = x @ weight.to(x.dtype).T
+    both = x @ weight.to(x.dtype).T * (WIDTH / x.shape[-1])
     return torch.where(modality == AUDIO, both[..., 1], both[..., 0])

@@ -53,7 +53,7 @@ class Scale:
     high: int = 640
     fixed: int = BUDGETS[-2]
     chunk: int = CHUNK
-    steps: int = 150
+    steps: int = 100
     size: int = 8
     asks: int = 24
     dtype: str = "bfloat16"
