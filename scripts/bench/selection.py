@@ -10,7 +10,7 @@ import torch
 from cases import Bench
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import omnimem_train.streaming as streaming
+import omnimem_train.choosing as choosing
 from omnimem_train.memory import Candidates, LayerMemory, Selector, choose, make_allocation, make_selector, selectors
 from omnimem_train.streaming import Stream
 
@@ -130,12 +130,12 @@ def captured(bench: Bench, selector: Selector) -> list[Candidates]:
     fast = Stream(bench.model, bench.spec("perturbation"))
     state = fast.feed(fast.start(), bench.block[: n_full * shape.chunk])
     wide = Stream(bench.model, bench.spec("perturbation_all_queries"))
-    before = streaming.choose
-    streaming.choose = spy
+    before = choosing.choose
+    choosing.choose = spy
     try:
         wide.feed(state, bench.block[n_full * shape.chunk : (n_full + 1) * shape.chunk])
     finally:
-        streaming.choose = before
+        choosing.choose = before
     return seen
 
 
