@@ -136,6 +136,11 @@ def model_card(spec: MemorySpec, about: dict[str, Any], settings: dict[str, Any]
         f"drawn from {budgets['choices']}" if budgets["choices"]
         else f"{budgets['kind'].replace('_', '-')} between {budgets['low']} and {budgets['high']}"
     )  # fmt: skip
+    head = (
+        f"\nThe importance it chooses by is learned too (`{HEAD_WEIGHTS}`); without that file the memory cannot be "
+        "rebuilt.\n"
+        if about["importance_sha256"] else ""
+    )  # fmt: skip
     return f"""---
 base_model: {about["base_model"]}
 library_name: peft
@@ -148,7 +153,7 @@ LoRA (r = {lora["r"]}, alpha = {lora["alpha"]:g}, on {", ".join(lora["targets"])
 {report["parameters"]:,} weights), trained for {about["steps"]} steps with the memory compressed in the forward pass:
 selector `{spec.selector}`, {drawn} tokens a layer, {100 * budgets["full_share"]:.0f} % of the steps uncompressed,
 chunks of {spec.chunk_tokens} tokens, {spec.positions} positions.
-
+{head}
 `memory.json` (fingerprint `{spec.fingerprint()}`) rebuilds that memory:
 
 ```

@@ -10,8 +10,8 @@ from omnimem_train.charts import HEIGHT, WIDTH, Axis, Level, Line, Point, chart
 from omnimem_train.markup import Markup, tag
 from scripts.recall.figures_svg import Panel, sheet
 from scripts.recall.load import Condition
-from scripts.recall.results_goals import OURS, Lines
 from scripts.recall.results_scores import CHANCE, RIVALS, Grid, Scores, rule
+from scripts.recall.results_tuning import OURS, Lines
 
 WIDE, TALL = (760, 500), (WIDTH, 320)  # sizes of charts
 FORMS = {(False, False): "own form", (False, True): "with the split", (True, False): "with redundancy",

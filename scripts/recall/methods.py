@@ -38,8 +38,6 @@ OPTIONS: dict[str, tuple[Options, ...]] = {
     "uniform": ({},),
     "random": ({},),
 }
-# The answers in results/ were made with other sets for three of them: windows of 64, 16 and 128 for SnapKV, of 64 and
-# 128 for CriticalKV, blocks of 128 and 32 for LagKV, which two budgets are too small for.
 OURS = ("perturbation", "omnimem")
 LEARNED = "learned"  # `omnimem` with a learned importance: for models that were fine-tuned with one
 AUGMENTED = (

@@ -28,12 +28,11 @@ from scripts.recall.results_goals import (
     UNMEASURED,
     Verdict,
     crowded,
-    fine_tuning,
-    lines,
     own_recall,
     training_free,
 )
 from scripts.recall.results_scores import Scores, excluded_kinds, full_caches, grid
+from scripts.recall.results_tuning import fine_tuning, lines
 from scripts.recall.tables import Page
 
 GOALS = {

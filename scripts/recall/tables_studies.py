@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from omnimem_train.stats import Comparison
 from scripts.recall.figures import World
 from scripts.recall.load import KINDS, Condition, Run
-from scripts.recall.results_goals import OURS, Lines, label, lines, smallest_budgets, tuned_pair
 from scripts.recall.results_scores import Grid, adjusted, grid
+from scripts.recall.results_tuning import OURS, Lines, label, lines, smallest_budgets, tuned_pair, variants
 from scripts.recall.tables import (
     BOLD,
     NOT_MEASURED,
@@ -40,6 +40,7 @@ def tuned_section(page: Page) -> str:
     parts = [best_arms(page, study, readers, budgets), seeds_table(page, study, readers, budgets)] if budgets else []
     if page.second.rows:
         parts.append(controls_table(page, study))
+    parts += [variants_table(page, study, own[0], budgets)] if budgets and variants(page.data) else []
     parts.append(folded("all budgets, mean of bases and seeds", all_budgets(page, study, readers)))
     return title + "\n".join(parts)
 
@@ -102,6 +103,28 @@ def controls_table(page: Page, study: Lines) -> str:
     )
     head = ["budget-aware", "minus", *(f"base {b}" for b in bases), "all bases and seeds"]
     return "### Budget-aware training minus each control\n\n" + table(head, rows, note)
+
+
+def variants_table(page: Page, study: Lines, ours: tuple[str, str], budgets: Sequence[int]) -> str:
+    """What was tried in the place of ours, against it on the same bases and seeds."""
+    scores, both = page.scores, {**study, **variants(page.data)}
+    found, cells = {}, {}
+    for arm, method in sorted(variants(page.data)):
+        mine, theirs = tuned_pair(both, (arm, method), ours, budgets)
+        if method == "full" or not mine:
+            continue
+        full = tuned_pair(both, (arm, "full"), (ours[0], "full"), [None])
+        found[arm] = scores.compare(theirs, mine), scores.compare(theirs, mine, every=True)
+        runs = ", ".join(sorted({f"base {c.base} seed {c.seed}" for c in mine}))
+        cells[arm] = [f"`{method}`", runs, accuracy_cell(scores, mine), accuracy_cell(scores, full[0])]
+    p = adjusted({arm: c for arm, (c, _) in found.items()})
+    rows = [[arm, *cells[arm], difference_cell(*found[arm], p[arm], bool(page.excluded))] for arm in found]
+    note = (
+        f"Accuracy in %, mean of {' and '.join(map(str, budgets))} tokens; last column in points, p by Holm over it. "
+        f"{BOLD} {text_note(page.data.conditions('ablation'))}"
+    )
+    head = ["arm", "memory read with", "runs", "two smallest budgets", "full cache", f"minus `{ours[0]}`"]
+    return "### What was tried in its place\n\n" + table(head, rows, note)
 
 
 def all_budgets(page: Page, study: Lines, readers: Sequence[tuple[str, str]]) -> str:
