@@ -22,9 +22,9 @@ from scripts.recall.finetune import ARMS, MINUTE, WorldSource, WorldTurns, confi
 from scripts.recall.jobs import Answers, Context, SetSpec, Tune, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, learned, original_forms, other_forms
+from scripts.recall.phases import Chosen, sets, study_jobs
 from scripts.recall.pretrain import LEVELS, new_model, one_pass, save_model
 from scripts.recall.pretrain import main as pretrain
-from scripts.recall.phases import Chosen, sets, study_jobs
 from scripts.recall.towers import align, label_tensors, tower_outputs, words_of
 from scripts.recall.turns import FORMS, TRACKED, Batch, TurnBatches, choices, rendered
 

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import omni_clips
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_calibration import stream_of
 from torch import Tensor
 from toy import ToyModel, toy_question, toy_stream
 
+from omnimem_train.budget_sampling import BudgetSampling
+from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError
+from omnimem_train.export import adapter_memory, export_adapter
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory import MemorySpec
 from omnimem_train.memory.learned import WIDTH
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL, LayerMemory
 from omnimem_train.models.importance import FILE, add_importance_head, load_importance_head, save_importance_head
 from omnimem_train.models.interface import StreamingModel
-from omnimem_train.models.loading import load_model
+from omnimem_train.models.loading import ModelConfig, load_model
 from omnimem_train.models.lora import LoraSettings, add_lora
 from omnimem_train.retention import Watch, retention_loss
+from omnimem_train.run_config import RunConfig, TrainConfig
+from omnimem_train.runlog import read_metrics
 from omnimem_train.session import model_fingerprint
 from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
 from omnimem_train.streaming import Gradient, Stream
+from omnimem_train.trainer import train
 
 LEARNED = MemorySpec("omnimem", {"importance": "learned", "lam": 0.3}, budget=10, chunk_tokens=8)
 FULL = MemorySpec("full", budget=None, chunk_tokens=8)
@@ -199,3 +210,62 @@ def test_a_head_of_another_model_is_refused(nano: StreamingModel, tmp_path: Path
     save_file({nano.HEAD: torch.zeros(1, 2, 3)}, str(tmp_path / FILE))
     with pytest.raises(UserError, match="does not fit the model"):
         load_importance_head(nano, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_trains_resumes_and_exports_a_head(nano_folder: Path, tmp_path: Path) -> None:
+    """Through the trainer: what is resumed equals what ran through; what is exported chooses as in training."""
+    subprocess.run(
+        [sys.executable, "-m", "data_prep.render", str(tmp_path / "world"), "--clips", "4", "--seconds", "6"],
+        cwd=Path(__file__).parents[1], check=True, capture_output=True,
+    )  # fmt: skip
+
+    def config(output: str, **settings: Any) -> RunConfig:
+        return RunConfig(
+            model=ModelConfig(str(nano_folder), device="cpu"),
+            lora=LoraSettings(r=4, alpha=8.0),
+            data=DataConfig(manifest=tmp_path / "world" / "train.json", fps=2, workers=0),
+            memory=LEARNED.replace(budget=16, chunk_tokens=32),
+            budgets=BudgetSampling("log_uniform", 8, 32, full_share=0.5),
+            loss=LossConfig(retention=1.0),
+            train=TrainConfig(tmp_path / output, steps=4, lr=3e-3, log_every=1, save_every=2, **settings),
+        )
+
+    train(config("whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000004")
+    train(config("half", resume="auto"))
+    whole, half = (
+        load_file(tmp_path / run / "checkpoints/step-00000004/adapter.safetensors") for run in ("whole", "half")
+    )
+    assert whole[StreamingModel.HEAD].any()
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert all((row["retention_loss"] > 0) == (row["budget"] > 0) for row in rows)
+
+    out = tmp_path / "adapter"
+    export_adapter(tmp_path / "whole", out)
+    tuned = load_model(nano_folder, device="cpu", adapter=out)
+    assert tuned.importance_head is not None and torch.equal(tuned.importance_head, whole[StreamingModel.HEAD])
+    assert adapter_memory(out, tuned) == config("whole").memory
+    assert "learned too" in (out / "README.md").read_text()
+    clip = omni_clips.Clip(8.0, 2.0)
+    assert stream_of(tuned, clip, adapter_memory(out)).layers[0].n_tokens < 60
+    (out / FILE).unlink()
+    with pytest.raises(UserError, match="or it is absent"):
+        adapter_memory(out)
+
+
+def test_a_loss_that_teaches_what_nobody_reads_is_refused(nano_folder: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "train.json"
+    (tmp_path / "no.mp4").touch()
+    manifest.write_text('[{"video": "no.mp4", "turns": [{"question": "?", "answer": "!"}]}]')
+    config = RunConfig(
+        model=ModelConfig(str(nano_folder), device="cpu"),
+        data=DataConfig(manifest=manifest),
+        loss=LossConfig(retention=1.0),
+        lora=LoraSettings(r=4, alpha=8.0),
+        train=TrainConfig(tmp_path / "run"),
+    )
+    with pytest.raises(UserError, match=r"trains an importance that memory\.selector does not read"):
+        train(config)
