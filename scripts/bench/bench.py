@@ -15,16 +15,24 @@ from pathlib import Path
 
 import torch
 from cases import LORA_CASES, STREAM_CASES, Bench, with_tokens
-from layers import ADAPTED_LAYER_CASES, LAYER_CASES
+from layers import ADAPTED_LAYER_CASES, ADAPTED_PROFILE_CASES, LAYER_CASES
 from measure import Clock, Results, versions
 from pieces import PIECE_CASES
-from selection import SELECTION_CASES
+from selection import PROFILE_CASES, SELECTION_CASES
 from shape import SHAPES
 
 HERE = Path(__file__).resolve().parent
-# Adapters stay on the model once they are on it, so the cases that need them come last.
+# Adapters stay on the model once they are on it, so the cases that need them come late. A profiler may go on slowing
+# the launches of its process after it has stopped, so profiles come last.
 CASES: dict[str, Callable[[Bench], None]] = (
-    STREAM_CASES | PIECE_CASES | LAYER_CASES | SELECTION_CASES | ADAPTED_LAYER_CASES | LORA_CASES
+    STREAM_CASES
+    | PIECE_CASES
+    | LAYER_CASES
+    | SELECTION_CASES
+    | ADAPTED_LAYER_CASES
+    | LORA_CASES
+    | ADAPTED_PROFILE_CASES
+    | PROFILE_CASES
 )
 
 
