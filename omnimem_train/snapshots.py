@@ -10,18 +10,15 @@ Shape legend: see `omnimem_train.memory.state`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from omnimem_train.memory.state import LayerMemory
 
 Layers = tuple[LayerMemory, ...]
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,10 @@ def narrow(rows: Tensor, n: int) -> Tensor:
 
 @dataclass
 class FirstPass:
-    """What a chunk's first pass leaves, layer by layer: the rows that were kept (None: all), and the way back to the
-    memory before."""
+    """What a chunk's first pass leaves, layer by layer: the rows that were kept (None: all), and where the pass will be
+    repeated and selections can be undone (`notes`) the way back to the memory before."""
 
+    notes: bool = False
     rows: list[Tensor | None] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
 
@@ -134,14 +132,3 @@ def _leaves(memory: LayerMemory, with_gradient: list[bool]) -> LayerMemory:
     keys, values, hidden = found
     assert keys is not None and values is not None
     return replace(memory, keys=keys, values=values, hidden=hidden)
-
-
-def recomputed(run: Callable[[Layers], R], layers: Layers, snapshot: Snapshot, like: Tensor) -> R:
-    """`run(layers)`, computed again in the backward pass on what `snapshot` restores. `like` is a tensor on the device
-    where dropout draws: checkpoint keeps the random state of the devices of its tensor arguments."""
-    first = [layers]  # not held after the first pass
-
-    def either(_: Tensor) -> R:
-        return run(first.pop() if first else snapshot.restore())
-
-    return checkpoint(either, like, use_reentrant=False)

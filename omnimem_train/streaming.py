@@ -23,8 +23,9 @@ from omnimem_train.memory import positions as rotary_positions
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import VISUAL, LayerMemory
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Tap, TokenBlock
+from omnimem_train.recompute import recomputed
 from omnimem_train.retention import Attended, Watch, retention_loss
-from omnimem_train.snapshots import FirstPass, Layers, Snapshot, Undo, narrow, recomputed
+from omnimem_train.snapshots import FirstPass, Layers, Snapshot, Undo, narrow
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Gradient:
             final chunk and the questions give it in all layers.
         chunks: for "last"; they are counted from the end of the stream, also for questions asked earlier in it.
         layer: for "stop_layer".
-        checkpointing: recompute each chunk in the backward pass instead of storing its activations; what is stored
-            then is the memory between chunks, see `omnimem_train.snapshots`. The recomputation reuses the selection of
-            the first pass.
+        checkpointing: recompute each chunk in the backward pass instead of storing its activations, see
+            `omnimem_train.recompute`; what is stored then is the memory between chunks, see `omnimem_train.snapshots`.
+            The recomputation reuses the selection of the first pass. The backward pass can be run once.
     """
 
     kind: str = "all"
@@ -113,6 +114,7 @@ class Stream:
         self.model, self.spec, self.total_tokens, self.attended = model, spec, total_tokens, attended
         self.gradient = gradient or Gradient("none")
         self.chooser = Chooser(model, spec)
+        self._weights = [p for p in model.module.parameters() if p.requires_grad] if self._checkpoints() else []
         if model.device.type == "cuda":
             kernels.install()
         if self.gradient.kind in ("last", "stop_layer") and total_tokens < 1:
@@ -184,13 +186,17 @@ class Stream:
         mask = None if len(questions) == 1 else _separate([q.n for q in questions], block.embeds.device)
         offset = state.offset
 
-        def run(layers: Layers) -> Tensor:
-            return self._extend(layers, block, offset, mask, watch)[1]
+        def run(layers: Layers, embeds: Tensor) -> tuple[Layers, Tensor]:
+            return (), self._extend(layers, replace(block, embeds=embeds), offset, mask, watch)[1]
 
         with self._grad(True):
             if self._checkpoints():
-                return recomputed(run, state.layers, state.past or Snapshot(state.layers), block.embeds)
-            return run(state.layers)
+                before = state.past or Snapshot(state.layers)
+                _, hidden = recomputed(run, state.layers, before, block.embeds, self._learned(block))
+            else:
+                _, hidden = run(state.layers, block.embeds)
+        assert hidden is not None
+        return hidden
 
     @torch.no_grad()
     def generate(self, state: StreamState, encoder: MediaEncoder, ids: Tensor, max_new_tokens: int = 64) -> list[int]:
@@ -217,18 +223,19 @@ class Stream:
         stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
         rest, first, past = state.without_layers(), FirstPass(), None
 
-        def run(layers: Layers) -> tuple[Layers, Tensor | None]:
-            return self._layers_of_chunk(layers, chunk, rest, stop_layer, first)
+        def run(layers: Layers, embeds: Tensor) -> tuple[Layers, Tensor | None]:
+            return self._layers_of_chunk(layers, replace(chunk, embeds=embeds), rest, stop_layer, first)
 
         with self._grad(due != "none"):
             if due != "none" and self._checkpoints():
+                first.notes = self._can_undo(state.layers)
                 before = state.past or Snapshot(state.layers)
-                layers, lost = recomputed(run, state.layers, before, chunk.embeds)
+                layers, lost = recomputed(run, state.layers, before, chunk.embeds, self._learned(chunk), stop_layer)
                 past = Snapshot(layers)
-                if self._can_undo(layers):
+                if first.notes:
                     before.follow(past, first.undo)
             else:
-                layers, lost = run(state.layers)
+                layers, lost = run(state.layers, chunk.embeds)
             first.undo = []
         n_choices = sum(r is not None for r in first.rows)
         offset, horizon = self._move(state, layers, chunk, n_choices > 0)
@@ -249,7 +256,7 @@ class Stream:
         index = torch.arange(state.n_run, state.n_run + chunk.n, device=hidden.device).expand(hidden.shape[0], -1)
         first_pass = not first.rows
         n_text = self.chooser.count_text(layers[0], chunk.modality) if first_pass else 0
-        bare, notes = not first_pass and self._can_undo(layers), first_pass and self._checkpoints()
+        bare = not first_pass and first.notes
         for layer, memory in enumerate(layers):
             with torch.no_grad() if layer >= stop_layer else nullcontext():
                 tap = Tap(memory if memory.n_tokens else None)
@@ -267,7 +274,7 @@ class Stream:
                     rows, evidence = self.chooser.choose(layer, tokens, tap.queries, state.n_chunks, n_text)
                     first.rows.append(None if rows is None else narrow(rows, tokens.n_tokens))
                     tokens = tokens if evidence is None else tokens.with_evidence(evidence)
-                    if notes and self._can_undo(layers):
+                    if first.notes:
                         first.undo.append(Undo.of(tokens, memory.n_tokens, first.rows[layer]))
                 chosen = first.rows[layer]
                 if self.attended is not None and chosen is not None and self.model.importance_head is not None:
@@ -339,6 +346,10 @@ class Stream:
 
     def _grad(self, due: bool) -> torch.no_grad | nullcontext[None]:
         return nullcontext() if due and self.gradient.kind != "none" else torch.no_grad()
+
+    def _learned(self, block: TokenBlock) -> list[Tensor]:
+        """What a pass over `block` reads, besides memory and embeddings, that wants a gradient."""
+        return [*self._weights, *(x for x in block.extras.values() if x.requires_grad)]
 
     def _checkpoints(self) -> bool:
         return self.gradient.kind != "none" and self.gradient.checkpointing and torch.is_grad_enabled()

@@ -21,6 +21,7 @@ LAYERS = [
     ["media_sound"],
     ["media_worker"],
     ["media", "benchmarks", "losses", "retention", "choosing", "budget_sampling", "snapshots"],
+    ["recompute"],
     ["manifest"],
     ["data"],
     ["streaming"],

@@ -18,8 +18,8 @@ from torch import Tensor
 from omnimem_train.memory.selector import Candidates
 
 WIDTHS = (64, 128)
-OFFSETS = {"BS": 128, "num_warps": 8, "num_stages": 3}  # candidates at a time; layout of a program
-COLUMNS = {"BS": 128, "num_warps": 8, "num_stages": 3}
+OFFSETS = {"BS": 64, "num_warps": 8, "num_stages": 3}  # candidates at a time; layout of a program
+COLUMNS = {"BS": 64, "num_warps": 4, "num_stages": 3}
 
 
 @triton.jit

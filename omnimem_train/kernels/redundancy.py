@@ -15,7 +15,7 @@ from omnimem_train.memory.state import TEXT
 
 WIDTHS = (64, 128)
 SPAN = 1024  # columns of one program
-LATER = {"BR": 128, "BC": 128, "num_warps": 8, "num_stages": 3}  # rows and columns at a time; layout of a program
+LATER = {"BR": 128, "BC": 64, "num_warps": 4, "num_stages": 3}  # rows and columns at a time; layout of a program
 
 
 @triton.jit

@@ -15,16 +15,24 @@ from pathlib import Path
 
 import torch
 from cases import LORA_CASES, STREAM_CASES, Bench, with_tokens
-from layers import ADAPTED_LAYER_CASES, LAYER_CASES
+from layers import ADAPTED_LAYER_CASES, ADAPTED_PROFILE_CASES, LAYER_CASES
 from measure import Clock, Results, versions
 from pieces import PIECE_CASES
-from selection import SELECTION_CASES
+from selection import PROFILE_CASES, SELECTION_CASES
 from shape import SHAPES
 
 HERE = Path(__file__).resolve().parent
-# Adapters stay on the model once they are on it, so the cases that need them come last.
+# Adapters stay on the model once they are on it, so the cases that need them come late. A profiler may go on slowing
+# the launches of its process after it has stopped, so profiles come last.
 CASES: dict[str, Callable[[Bench], None]] = (
-    STREAM_CASES | PIECE_CASES | LAYER_CASES | SELECTION_CASES | ADAPTED_LAYER_CASES | LORA_CASES
+    STREAM_CASES
+    | PIECE_CASES
+    | LAYER_CASES
+    | SELECTION_CASES
+    | ADAPTED_LAYER_CASES
+    | LORA_CASES
+    | ADAPTED_PROFILE_CASES
+    | PROFILE_CASES
 )
 
 
@@ -40,6 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=0, help="length of the stream, if not the shape's")
     parser.add_argument("--reps", type=int, default=3, help="timed runs of a case")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "split", "eager"], help="of the decoder")
+    parser.add_argument(
+        "--dtype", default="", choices=["", "bfloat16", "float32"], help="unset: bfloat16 on a GPU, float32 elsewhere"
+    )
     parser.add_argument("--suffix", default="", help="put behind the names of results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -63,7 +74,7 @@ def main() -> None:
     if args.tokens:
         shape = with_tokens(shape, args.tokens)
     results = Results(args.out / "results.json", versions(device))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     bench = Bench(shape, device, dtype, results, Clock(device), args.reps, args.suffix, args.attention)
     for name in names:
         now = time.perf_counter()

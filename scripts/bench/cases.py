@@ -190,22 +190,32 @@ def lora(bench: Bench, name: str, gradient: Gradient, goal_s: float, goal_gib: f
     parameters = with_lora(bench)
     step, spec = StreamingStep(bench.model, LossConfig()), bench.spec("perturbation")
 
-    def run(stream: EncodedStream) -> None:
+    def run(stream: EncodedStream, gradient: Gradient = gradient) -> None:
         step(stream, spec, gradient).loss.backward()
         clear(parameters)
 
     shape = bench.shape
     short = encoded(bench, min(shape.tokens, (-(-shape.budget // shape.chunk) + 2) * shape.chunk))
-    for _ in range(2):
-        short_s = bench.clock.once(lambda: run(short))
+    run(short, gradient)
+    expected_s = extrapolated(bench, lambda given: run(short, given), short.n_tokens // shape.chunk, gradient)
     whole = encoded(bench, shape.tokens)
-    expected_s = short_s * shape.tokens / short.n_tokens
     if expected_s > bench.clock.left_s:
         return bench.add(name, [expected_s], goal=goal_s, note=f"extrapolated from {short.n_tokens} tokens")
     bench.add_peak(name, bench.clock.peak_gib(lambda: run(whole)), goal_gib)
     bench.add(name, bench.clock.samples(lambda: run(whole), bench.reps, expected_s), goal=goal_s)
     add_utilisation(bench, name)
     return None
+
+
+def extrapolated(bench: Bench, run: Callable[[Gradient], None], n_short: int, gradient: Gradient) -> float:
+    """Seconds of a step on the whole stream, from steps on one of `n_short` chunks: all chunks cost one pass, those
+    with gradient a second one and the way back."""
+    run(Gradient("last", chunks=1))
+    one_s, all_s = (bench.clock.once(lambda g=g: run(g)) for g in (Gradient("last", chunks=1), Gradient("all")))
+    back_s = (all_s - one_s) / max(1, n_short - 1)
+    n = bench.shape.tokens // bench.shape.chunk
+    n_back = min(n, gradient.chunks) if gradient.kind == "last" else n
+    return n * (one_s - back_s) / n_short + n_back * back_s
 
 
 def add_utilisation(bench: Bench, name: str) -> None:

@@ -160,8 +160,5 @@ def profile_chunks(bench: Bench) -> None:
         print("wrote", path)
 
 
-SELECTION_CASES: dict[str, Callable[[Bench], None]] = {
-    "profile": profile_chunks,
-    "agreement": agreement,
-    "select": selection,
-}
+SELECTION_CASES: dict[str, Callable[[Bench], None]] = {"agreement": agreement, "select": selection}
+PROFILE_CASES: dict[str, Callable[[Bench], None]] = {"profile": profile_chunks}

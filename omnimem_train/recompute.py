@@ -1,0 +1,137 @@
+"""A chunk in a training step, run twice: once without a graph, and again with one when its gradient is due.
+
+The first pass leaves what is kept of it and nothing else: no graph is built, no hook is called for the hundreds of
+tensors that an ordinary checkpoint notes and throws away. To the graph of the step a chunk is one node, from the memory
+before it, its embeddings and the trained weights to the memory after it. Every weight gets one gradient per chunk, and
+is done once per step, as gradient reduction across processes expects it.
+
+Shape legend: see `omnimem_train.memory.state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from omnimem_train.memory.state import LayerMemory
+from omnimem_train.snapshots import Layers, Snapshot
+
+Result = tuple[Layers, Tensor | None]
+Run = Callable[[Layers, Tensor], Result]
+
+
+def recomputed(
+    run: Run, layers: Layers, snapshot: Snapshot, embeds: Tensor, weights: Sequence[Tensor], learning: int | None = None
+) -> Result:
+    """`run(layers, embeds)`, computed again in the backward pass on what `snapshot` restores.
+
+    Dropout draws the same numbers both times. The graph can be gone through once.
+
+    Args:
+        run: from memories and embeddings (B, n, E) to memories, and one more tensor or None.
+        layers: the memories; not held after the first pass.
+        snapshot: of `layers`.
+        embeds: what the chunk's tokens enter the first layer as.
+        weights: everything else `run` reads that may want a gradient.
+        learning: memories of how many layers, the first ones, have gradient afterwards; None for all.
+    """
+    work = _Work(run, snapshot, embeds, list(weights), learning, _Surroundings.here(embeds))
+    first = [layers]
+    given = [embeds, *_data(layers), *weights]
+    outputs = iter(_Twice.apply(work, first, *given))
+    kept, more = work.result.pop()
+    return tuple(_with_data(memory, outputs) for memory in kept), None if more is None else next(outputs)
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a pass depends on besides its inputs: random state and autocast, as they were at the first pass."""
+
+    device: str
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+    autocast: dict[str, Any]
+
+    @classmethod
+    def here(cls, like: Tensor) -> _Surroundings:
+        """As they are now, on the device of `like`."""
+        kind = like.device.type
+        autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        return cls(kind, torch.get_rng_state(), *get_device_states(like), autocast)
+
+    def again(self, run: Callable[[], Result]) -> Result:
+        """`run()` in them, with gradient."""
+        kind = "cuda" if self.device == "cpu" else self.device  # fork_rng wants an accelerator's name
+        with torch.random.fork_rng(self.devices, device_type=kind), torch.enable_grad():
+            torch.set_rng_state(self.cpu)
+            if self.devices:
+                set_device_states(self.devices, self.states, device_type=self.device)
+            with torch.autocast(self.device, **self.autocast):
+                return run()
+
+
+@dataclass
+class _Work:
+    """What the backward pass of a chunk needs. `result` is filled by the first pass for its caller."""
+
+    run: Run
+    snapshot: Snapshot
+    embeds: Tensor
+    weights: list[Tensor]
+    learning: int | None
+    surroundings: _Surroundings
+    result: list[Result] = field(default_factory=list)
+
+    def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of embeddings, memories and weights (None where `needed` is False), from those of the outputs."""
+        layers = self.snapshot.restore()
+        embeds = self.embeds.detach().requires_grad_(needed[0])
+        kept, more = self.surroundings.again(lambda: self.run(layers, embeds))
+        outputs = [*_data(kept), *([] if more is None else [more])]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        inputs = [embeds, *_data(layers), *self.weights]
+        places = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and x.requires_grad]
+        found: list[Tensor | None] = [None] * len(inputs)
+        if pairs and places:
+            ends, weight = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(ends, [inputs[i] for i in places], weight, allow_unused=True)
+            for i, gradient in zip(places, gradients, strict=True):
+                found[i] = gradient
+        return found
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: _Work, first: list[Layers], *given: Tensor) -> tuple[Tensor, ...]:
+        kept, more = work.run(first.pop(), given[0])
+        work.result.append((kept, more))
+        ctx.work = work
+        ctx.set_materialize_grads(False)
+        if work.learning is not None:
+            ctx.mark_non_differentiable(*_data(kept[work.learning :]))
+        return (*_data(kept), *([] if more is None else [more]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        work, ctx.work = ctx.work, None  # lets go of the memory, which the graph outlives
+        if work is None:
+            raise RuntimeError("the graph of a stream can be gone through once")
+        return None, None, *work.gradients(grads, ctx.needs_input_grad[2:])
+
+
+def _data(layers: Layers) -> list[Tensor]:
+    """Keys, values and layer inputs, layer by layer: all that can have a gradient."""
+    return [t for m in layers for t in (m.keys, m.values, m.hidden) if t is not None]
+
+
+def _with_data(memory: LayerMemory, data: Iterator[Tensor]) -> LayerMemory:
+    """`memory` with the next of `data`, in the order of `_data`."""
+    names = ("keys", "values") if memory.hidden is None else ("keys", "values", "hidden")
+    return replace(memory, **{name: next(data) for name in names})
