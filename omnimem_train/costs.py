@@ -266,22 +266,23 @@ class StreamStep:
         rounded = sum(sum(self.shape.projections[t]) for t in targets) * self.lora.r * self.itemsize
         return n * per_token + (rounded if self.itemsize == 2 else 0)
 
-    def footprint(self, parameters: int, clips: int = 1) -> Footprint:
+    def footprint(self, parameters: int, clips: int = 1, *, moments: bool = True) -> Footprint:
         """Peak of device memory, of all moments in the step at which it can be.
 
         Args:
             parameters: of the whole model.
             clips: held encoded at the same time (`train.accumulation`).
+            moments: whether AdamW's two moments are held.
         """
         s = self.shape
         trained = 0 if self.lora is None else s.adapter_weights(self.lora.r, self.lora.targets)
         width = (1 + s.deepstack) * s.hidden * self.itemsize + 29
         copied = sum(c.n * c.count for c in self.chunks if c.due != "none") if self.window else 0
-        moments = list(self._moments())
-        snapshots, activations, passing = max(moments, key=sum)
+        snapshots, activations, passing = max(self._moments(), key=sum)
+        copies = 1 if self.gradient.kind == "none" else 4 if moments else 2
         return Footprint(
             weights=parameters * self.itemsize,
-            adapter=4 * trained * (1 if self.gradient.kind == "none" else 4),
+            adapter=4 * trained * copies,
             clips=width * (self.tokens * clips + copied),
             snapshots=snapshots,
             activations=activations,
