@@ -89,8 +89,8 @@ def table(found: dict[str, Any]) -> str:
         (f"memory of {memory['layers']} layers", f"{memory['total_bytes'] / GIB:.2f} GiB"),
         (),
         ("", f"largest step: {budget}, chunks of {largest['chunk_tokens']:,}"),
-        *((name, f"{gib:.2f} GiB", _WHAT[name]) for name, gib in largest["gib"].items()),
-        ("peak", f"{largest['peak_gib']:.1f} GiB", f"{gpu['name']} has {gpu['usable_gib']:.1f} GiB for it"),
+        *((name, f"{gib:,.2f} GiB", _WHAT[name]) for name, gib in largest["gib"].items()),
+        ("peak", f"{largest['peak_gib']:,.1f} GiB", f"{gpu['name']} has {gpu['usable_gib']:.1f} GiB for it"),
         (),
         *_times(found["step_s"], gpu["name"]),
     ]
@@ -126,11 +126,12 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     largest, gpu = found["largest_step"], found["gpu"]
     if largest["fits"]:
         return ["", f"It fits: {largest['peak_gib']:.1f} of {gpu['usable_gib']:.1f} GiB."]
-    lines = ["", f"It does not fit: {largest['peak_gib']:.1f} GiB, {gpu['usable_gib']:.1f} GiB are there. What would:"]
+    lines = ["", f"It does not fit: {largest['peak_gib']:,.1f} GiB, {gpu['usable_gib']:.1f} GiB are there. What would:"]
     entries = [Remedy(**{**r, "overrides": tuple(r["overrides"])}) for r in found["remedies"]]
     for r in entries:
         time = "" if r.step_s is None else f", {r.step_s:.1f} s a step"
         lines.append(f"  {'yes' if r.fits else 'no ':<5}{' '.join(r.overrides):<44} {r.peak_gib:6.1f} GiB{time}")
+    lines.append(f"  {'-':<5}{'a base in 4 bits (NF4), not offered yet':<44} {found['four_bit_peak_gib']:6.1f} GiB")
     if not any(r.fits for r in entries):
         lines.append("  No setting is enough: use a smaller model or a larger GPU.")
     return lines
