@@ -291,26 +291,28 @@ class StreamStep:
 
     def _moments(self) -> Iterator[tuple[float, float, float]]:
         """(snapshots, activations, passing) at the end of each kind of chunk's forward pass and of its recomputation,
-        and at the question. A recomputation has the gradients of what was kept and makes that anew."""
+        and at the question. A recomputation has the gradients of what was kept and gathers that anew."""
         s, b, left, active = self.shape, self.itemsize, 0.0, 0.0
         for c in self.chunks:
-            buffers = max(
-                (3 if self.short else 4) * s.mlp * b * c.n,
-                scoring_bytes(self.spec, s, b, c.n, c.candidates, self.kernels),
-            )
+            evicts, kept = c.kept < c.candidates, s.layers * c.kept * self.token_bytes
+            # turning keys to other positions takes about ten float32 tensors of half their size, twice
+            turning = 40 * c.kept * s.key_width if evicts and self.spec.positions == "compact" else 0
+            scores = scoring_bytes(self.spec, s, b, c.n, c.candidates, self.kernels)
+            buffers = 12 * s.hidden * c.n + max((3 if self.short else 4) * s.mlp * b * c.n, scores, turning)
             yield left + self.snapshot(c.memory), active, self.snapshot(c.kept) + buffers
             if c.due == "none":
                 continue
-            kept, made = s.layers * c.kept * self.token_bytes, self.activations(c)
-            if self.recomputes:
+            if self.recomputes:  # of the last layer everything is held too, until the recomputation is done
+                made = self.activations(c, remembered=False)
                 left += c.count * self.left_behind(c)
                 before = s.layers * c.candidates * self.token_bytes if self.undoes and c.memory else 0
-                yield left + before, made, 2 * kept
+                yield left + before, made, kept * (2 if evicts else 1) + turning + 12 * s.hidden * c.n
             else:
-                active += c.count * made
+                active += c.count * self.activations(c)
                 yield 0.0, active, kept + 3 * s.mlp * b * c.n
         q = self.asked
         held, logits = left + self.snapshot(q.memory), self.answer * s.vocabulary * (b + 12)
-        yield held, active + self.activations(q, remembered=False), logits
+        grown = s.layers * q.candidates * (self.stored_bytes - self.token_bytes)  # the memory with the question, unused
+        yield held, active + self.activations(q, remembered=False), logits + grown
         if self.distill:
             yield held, active, self.snapshot(self.tokens) + self.tokens * self.stored_bytes + logits

@@ -10,6 +10,7 @@ from typing import Any
 import omni_clips
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,7 @@ from omnimem_train.cli import main
 from omnimem_train.config import load_config
 from omnimem_train.costs import StreamStep
 from omnimem_train.gpus import GPUS, Gpu, find_gpu, seconds
+from omnimem_train.losses import LossConfig
 from omnimem_train.memory import AUDIO, VISUAL, MemorySpec
 from omnimem_train.models.interface import StreamingModel, TokenBlock
 from omnimem_train.models.loading import load_model
@@ -27,6 +29,7 @@ from omnimem_train.operations import backward, forward, step_work
 from omnimem_train.plan import request
 from omnimem_train.run_config import RunConfig
 from omnimem_train.scoring_costs import Work
+from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
 from omnimem_train.streaming import Gradient, Stream, StreamState, encode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,10 +104,10 @@ def decoder(model: StreamingModel) -> DecoderShape:
     return DecoderShape(*sizes, vocabulary=model.module.lm_head.out_features)  # type: ignore[union-attr,arg-type]
 
 
-def planned(model: StreamingModel, spec: MemorySpec, tokens: int, gradient: Gradient, text: int = 0) -> StreamStep:
+def planned(model: StreamingModel, spec: MemorySpec, tokens: int, gradient: Gradient, **more: int) -> StreamStep:
     size = torch.finfo(model.dtype).bits // 8
     lora = None if model.adapter is None else LORA
-    return StreamStep(decoder(model), size, spec, tokens, text, text, gradient, lora, kernels=False)
+    return StreamStep(decoder(model), size, spec, tokens, 0, 0, gradient, lora, kernels=False, **more)
 
 
 def one_by_one(step: StreamStep) -> list[Any]:
@@ -186,6 +189,26 @@ def test_activations_are_what_autograd_keeps(positions: str, adapted: StreamingM
 
 def tensors(state: StreamState) -> list[Tensor]:
     return [t for m in state.layers for t in m.tensors() if t is not None]
+
+
+@pytest.mark.parametrize("budget", [BUDGET, None])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+@pytest.mark.parametrize("gradient", [Gradient("all"), Gradient("last", chunks=3), Gradient("stop_layer", layer=2)])
+def test_the_peak_is_that_of_a_step(
+    gradient: Gradient, positions: str, budget: int | None, adapted: StreamingModel
+) -> None:
+    """Weights, encoded stream and the masks of the CPU's attention apart."""
+    spec = MemorySpec("sliding_window", budget=budget, chunk_tokens=CHUNK, positions=positions)
+    block, question = made_up(adapted, 8 * CHUNK), made_up(adapted, 6)
+    read, targets = torch.tensor([[0, 3], [0, 4]]), torch.tensor([1, 2])
+    encoded = EncodedStream([block], [Moment(1, None, [Question(question, read, targets)])])
+    known = [*adapted.module.parameters(), *adapted.module.buffers(), block.embeds, block.positions, block.modality]
+    with LiveBytes(known, lambda shape: len(shape) == 2 and shape[0] in (6, CHUNK) and shape[1] > 64) as live:
+        StreamingStep(adapted, LossConfig())(encoded, spec, gradient).loss.backward()
+    adapted.module.zero_grad(set_to_none=True)
+    step = planned(adapted, spec, block.n, gradient, question=4, answer=2)
+    found = step.footprint(0, moments=False)
+    assert found.total - found.clips - found.adapter / 2 == pytest.approx(live.peak, rel=0.08)
 
 
 def test_operations_are_those_of_a_chunk(adapted: StreamingModel) -> None:
