@@ -107,7 +107,8 @@ class StreamStep:
         question, answer: tokens of the turn asked at the end, and of its answer.
         window: tokens of an encoded block; 0 when the stream comes as one block.
         kernels: whether the package's kernels run: in bfloat16 on a GPU, unless switched off.
-        distill: whether a teacher with full memory runs too.
+        split: whether attention goes to memory and chunk apart.
+        teacher: whether the model runs with a full memory first, to be learned from.
     """
 
     shape: DecoderShape
@@ -122,7 +123,8 @@ class StreamStep:
     answer: int = 32
     window: int = 0
     kernels: bool = True
-    distill: bool = False
+    split: bool = False
+    teacher: bool = False
 
     # The stream ------------------------------------------------------------------------------------------------------
 
@@ -244,7 +246,8 @@ class StreamStep:
         s, b, n = self.shape, self.itemsize, chunk.n
         norm = (b if self.short else 4) * s.hidden * n  # its input, which a stock norm converts first
         keys = norm + self._adapter_activations(n, ("k_proj", "v_proj"))
-        attention = n * (2 * s.query_width * b + 4 * s.heads) + chunk.candidates * self.token_bytes
+        keys_held = n if self.split else chunk.candidates  # the memory itself is held anyway
+        attention = n * (2 * s.query_width * b + 4 * s.heads) + keys_held * self.token_bytes
         mlp = (2 if self.short else 3) * s.mlp * b * n
         layer = NORMS * norm + self._adapter_activations(n) + attention + mlp
         if self.spec.positions == "compact" and chunk.kept < chunk.candidates:
@@ -314,5 +317,5 @@ class StreamStep:
         held, logits = left + self.snapshot(q.memory), self.answer * s.vocabulary * (b + 12)
         grown = s.layers * q.candidates * (self.stored_bytes - self.token_bytes)  # the memory with the question, unused
         yield held, active + self.activations(q, remembered=False), logits + grown
-        if self.distill:
-            yield held, active, self.snapshot(self.tokens) + self.tokens * self.stored_bytes + logits
+        if self.teacher:
+            yield 0.0, 0.0, 2 * self.snapshot(self.tokens) + logits

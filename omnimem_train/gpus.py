@@ -50,32 +50,50 @@ GPUS = {
 }
 
 SHARES = {
-    "matrix": 0.66,
-    "attention": 0.38,
-    "attention_back": 0.30,
-    "kernel": 0.20,
-    "single": 0.60,
-    "traffic": 0.75,
-    "maps": 0.45,
+    "matrix": 0.69,  # all products of a layer with 2,048 tokens in 1.4 ms
+    "attention": 0.275,  # 2,048 queries on 8,224 keys in 776 us
+    "attention_back": 0.28,  # the same in 1,892 us
+    "split": 0.51,  # with model.attention=split in 418 us
+    "split_back": 0.45,  # in 1,181 us
+    "kernel": 0.2,  # `change` in 156 to 179 us, `later_key` in 145 to 175 us
+    "single": 0.6,  # not measured
+    "traffic": 0.75,  # not measured alone: SwiGLU and norms do better, from the cache
+    "maps": 0.45,  # scoring in plain torch: `change` in 1,930 us, `later_key` in 2,812 us
 }
-"""Kind of work -> share of the data sheet's rate (`half`, `single` or `bandwidth`) that is reached."""
+"""Kind of work -> share of the data sheet's rate (`half`, `single` or `bandwidth`) that is reached. From the results of
+`scripts/bench` on an H200, as the comments say."""
 LAUNCH_S = 3e-6
-"""Seconds a kernel costs however little it does: starting it, and the gap to the next."""
+"""Seconds a kernel costs however little it does: starting it, and the gap to the next. A guess."""
+WITH_GRADIENT = ("forward", "recomputation", "backward")
+WAITING = 1.29
+"""What a phase with gradient takes for each second its kernels need: the device waits for Python, autograd and
+launches. A step with gradient through all chunks took 20.6 s on an H200, its pieces add up to 16 s."""
 CONTEXT_GIB = 0.6
-"""Device memory that CUDA takes for itself."""
+"""Device memory that CUDA takes for itself. A guess."""
 FRAGMENTS = 0.03
-"""Share of the allocated memory that lies between allocations, with expandable segments."""
+"""Share of the allocated memory that lies between allocations, with expandable segments. A guess."""
 
 
 def seconds(work: Work, gpu: Gpu, itemsize: int) -> float | None:
-    """How long `work` of a model whose numbers have `itemsize` bytes takes; None for a GPU of unknown rates."""
+    """How long `work` of a model whose numbers have `itemsize` bytes keeps the device busy; None for a GPU of unknown
+    rates."""
     if not gpu.half or not gpu.single or not gpu.bandwidth:
         return None
     product = gpu.half if itemsize == 2 else gpu.single
-    rates = {"matrix": product, "attention": product, "attention_back": product, "kernel": gpu.half}
-    rates |= {"single": gpu.single, "traffic": gpu.bandwidth, "maps": gpu.bandwidth}
+    rates = dict.fromkeys(("matrix", "attention", "attention_back", "split", "split_back"), product)
+    rates |= {"kernel": gpu.half, "single": gpu.single, "traffic": gpu.bandwidth, "maps": gpu.bandwidth}
     parts = [getattr(work, kind) / (rate * SHARES[kind]) for kind, rate in rates.items()]
     return sum(parts) + work.launches * LAUNCH_S
+
+
+def phase_seconds(phases: dict[str, Work], gpu: Gpu, itemsize: int) -> dict[str, float] | None:
+    """How long each phase of a step takes (`omnimem_train.operations.step_work`), what it waits for included."""
+    found = {name: seconds(work, gpu, itemsize) for name, work in phases.items()}
+    return {
+        name: busy_s * (WAITING if name in WITH_GRADIENT else 1.0)
+        for name, busy_s in found.items()
+        if busy_s is not None
+    } or None
 
 
 def usable_gib(gpu: Gpu) -> float:

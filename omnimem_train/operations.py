@@ -32,7 +32,7 @@ def forward(step: StreamStep, chunk: Chunk, layers: int | None = None, *, select
     low_rank = sum(2.0 * n * step.rank * (i + o) for _, i, o in adapters)
     layer = Work(
         matrix=2.0 * s.layer_weights * n + low_rank,
-        attention=4.0 * s.query_width * chunk.pairs,
+        **{"split" if step.split else "attention": 4.0 * s.query_width * chunk.pairs},
         traffic=n * per_token + joined + gathered + 2 * chunk.candidates * MARKS * s.kv_heads,
         launches=_launches(step, "layer") + _launches(step, "adapter") * len(adapters),
     )
@@ -64,30 +64,31 @@ def backward(step: StreamStep, chunk: Chunk, *, remembered: bool = True) -> Work
     launches += _launches(step, "adapter_backward") * sum(times for *_, times in used)
     return Work(
         matrix=2.0 * n * matrix + low_rank,
-        attention_back=10.0 * s.query_width * chunk.pairs * whole,
+        **{"split_back" if step.split else "attention_back": 10.0 * s.query_width * chunk.pairs * whole},
         traffic=n * (whole * per_token + adapters) + layers * moved,
         launches=launches,
     )
 
 
 def step_work(step: StreamStep) -> dict[str, Work]:
-    """ "forward", "recomputation" and "backward" of the step, the question included, and the "teacher"."""
-    done = {name: Work() for name in ("forward", "recomputation", "backward", "teacher")}
+    """The phases of a step: "watching" (chunks without gradient), "forward", "recomputation" and "backward" of those
+    with gradient and of the question, and the "teacher" of a distillation."""
+    done = {name: Work() for name in ("watching", "forward", "recomputation", "backward", "teacher")}
     for c, remembered in [*((c, True) for c in step.chunks), (step.asked, False)]:
-        done["forward"] += c.count * forward(step, c)
+        done["watching" if c.due == "none" else "forward"] += c.count * forward(step, c)
         if c.due == "none":
             continue
         if step.recomputes:
             done["recomputation"] += c.count * forward(step, c, step.gradient_layers(c), select=False)
         done["backward"] += c.count * backward(step, c, remembered=remembered)
     head = Work(matrix=2.0 * step.answer * step.shape.hidden * step.shape.vocabulary, launches=10)
-    done["forward"] += head
-    if step.gradient.kind != "none":
-        done["backward"] += head
-    if step.distill:
+    for name in ("watching",) if step.gradient.kind == "none" else ("forward", "backward"):
+        done[name] += head
+    if step.teacher:
         full = step.spec.replace(selector="full", selector_options={})
-        teacher = replace(step, spec=full, gradient=Gradient("none"), lora=None, distill=False)
-        done["teacher"] = step_work(teacher)["forward"]
+        done["teacher"] = step_work(replace(step, spec=full, gradient=Gradient("none"), lora=None, teacher=False))[
+            "watching"
+        ]
     return done
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from omnimem_train.budget_sampling import BudgetSampler, Draw
 from omnimem_train.costs import Footprint, StreamStep
 from omnimem_train.errors import UserError
-from omnimem_train.gpus import Gpu, seconds, usable_gib
+from omnimem_train.gpus import Gpu, phase_seconds, usable_gib
 from omnimem_train.models.interface import paired_window_s
 from omnimem_train.models.shape import ClipTokens, ModelShape, read_shape
 from omnimem_train.operations import step_work
@@ -78,7 +78,8 @@ class Request:
             gradient=c.gradient,
             lora=c.lora,
             window=math.ceil(clip.total * window_s / self.watched_s),
-            distill=c.loss.distill > 0,
+            split=c.model.attention == "split",
+            teacher=c.loss.distill > 0 or (c.loss.retention > 0 and draw.budget is not None),
         )
 
     def corners(self) -> list[Draw]:
@@ -116,12 +117,13 @@ class Request:
         sampler = BudgetSampler(c.budgets, c.memory.chunk_tokens)
         draws = [sampler.draw(step) for step in range(min(DRAWS, c.train.steps))]
         total: dict[str, float] = {}
-        for work in [step_work(self.step(draw)) | {"encoders": self.encoding()} for draw in draws]:
-            for name, part in work.items():
-                taken = seconds(part, self.gpu, self.itemsize)
-                if taken is None:
-                    return None
-                total[name] = total.get(name, 0.0) + taken * c.train.accumulation / len(draws)
+        for draw in draws:
+            phases = {"encoders": self.encoding()} | step_work(self.step(draw))
+            taken = phase_seconds(phases, self.gpu, self.itemsize)
+            if taken is None:
+                return None
+            for name, taken_s in taken.items():
+                total[name] = total.get(name, 0.0) + taken_s * c.train.accumulation / len(draws)
         return total
 
 

@@ -29,6 +29,7 @@ class Work:
     Attributes:
         matrix: operations of products in the model's precision.
         attention, attention_back: of attention, forward and backward.
+        split, split_back: the same where memory and chunk go through cuDNN apart (`omnimem_train.models.split`).
         kernel: of products inside the package's own kernels.
         single: of products in float32.
         traffic: bytes read and written by elementwise operations.
@@ -39,6 +40,8 @@ class Work:
     matrix: float = 0.0
     attention: float = 0.0
     attention_back: float = 0.0
+    split: float = 0.0
+    split_back: float = 0.0
     kernel: float = 0.0
     single: float = 0.0
     traffic: float = 0.0
@@ -54,7 +57,8 @@ class Work:
     @property
     def operations(self) -> float:
         """All operations; traffic is not counted."""
-        return self.matrix + self.attention + self.attention_back + self.kernel + self.single
+        attention = self.attention + self.attention_back + self.split + self.split_back
+        return self.matrix + attention + self.kernel + self.single
 
 
 def n_probes(selector: Selector, n: int) -> int:

@@ -6,12 +6,14 @@ Prints the table of NOTES.md. Peaks of prefill cases include the memory that the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from shape import SHAPES, Shape
 
-from omnimem_train.gpus import GPUS, Gpu, find_gpu, seconds
+from omnimem_train.gpus import GPUS, Gpu, find_gpu, phase_seconds
 from omnimem_train.memory import MemorySpec
 from omnimem_train.models.lora import LoraSettings
 from omnimem_train.operations import step_work
@@ -33,13 +35,13 @@ CASES = {
 """Result of the bench -> selector, its options, gradient."""
 
 
-def predict(name: str, gpu: Gpu, shape: Shape = SHAPE) -> tuple[float, float]:
-    """Seconds and GiB of a case."""
+def predict(name: str, gpu: Gpu, shape: Shape = SHAPE, split: bool = False) -> tuple[float, float]:
+    """Seconds and GiB of a case, with split attention or without."""
     selector, options, gradient = CASES[name]
     spec = MemorySpec(selector, options, budget=shape.budget, chunk_tokens=shape.chunk)
     lora = None if gradient.kind == "none" else LoraSettings(r=shape.rank, alpha=2 * shape.rank)
-    step = shape.step(spec, gradient, lora)
-    taken_s = sum(seconds(work, gpu, step.itemsize) or 0.0 for work in step_work(step).values())
+    step = replace(shape.step(spec, gradient, lora), split=split)
+    taken_s = sum((phase_seconds(step_work(step), gpu, step.itemsize) or {}).values())
     held = step.footprint(shape.parameters, moments=False).total
     if gradient.kind == "none":
         held += step.snapshot(step.chunks[-1].kept)
@@ -55,8 +57,9 @@ def main() -> None:
     gpu, rows = find_gpu(args.gpu), json.loads(args.results.read_text())
     measured = {row["name"]: row["value"] for row in rows if row["value"] is not None}
     print("| case | predicted | measured | ratio |\n|---|---|---|---|")
-    for name in CASES:
-        for result, value, unit in zip((name, f"{name}.peak"), predict(name, gpu), ("s", "GiB"), strict=True):
+    for name, suffix in itertools.product(CASES, ("", ".split")):
+        values = predict(name, gpu, split=bool(suffix))
+        for result, value, unit in zip((name + suffix, f"{name}.peak{suffix}"), values, ("s", "GiB"), strict=True):
             if found := measured.get(result):
                 print(f"| {result} | {value:.1f} {unit} | {found:.1f} {unit} | {value / found:.2f} |")
 
