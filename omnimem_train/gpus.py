@@ -49,6 +49,8 @@ GPUS = {
     )
 }
 
+MEASURED = "H200"
+"""The GPU that the following numbers are from."""
 SHARES = {
     "matrix": 0.69,  # all products of a layer with 2,048 tokens in 1.4 ms
     "attention": 0.275,  # 2,048 queries on 8,224 keys in 776 us

@@ -7,7 +7,7 @@ from typing import Any
 
 from omnimem_train.budget_sampling import Draw
 from omnimem_train.costs import StreamStep
-from omnimem_train.gpus import usable_gib
+from omnimem_train.gpus import MEASURED, usable_gib
 from omnimem_train.operations import step_work
 from omnimem_train.plan import Request
 from omnimem_train.plan_advice import Remedy, four_bit_gib, remedies
@@ -119,7 +119,10 @@ def _times(step_s: dict[str, float] | None, gpu: str) -> list[tuple[str, ...]]:
     if step_s is None:
         return [("time of a step", "unknown", f"no rates are known for {gpu}")]
     parts = ", ".join(f"{name} {s:.1f}" for name, s in step_s.items() if name != "total" and s > 0)
-    return [("time of a step", f"{step_s['total']:.1f} s", parts)]
+    rows: list[tuple[str, ...]] = [("time of a step", f"{step_s['total']:.1f} s", parts)]
+    if gpu != MEASURED:
+        rows.append(("", f"  (by the data sheet of the {gpu}; only an {MEASURED} has been measured)"))
+    return rows
 
 
 def _verdict(found: dict[str, Any]) -> list[str]:
