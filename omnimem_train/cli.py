@@ -14,12 +14,14 @@ from typing import Any
 from omnimem_train import __version__
 from omnimem_train.errors import UserError
 
+PLAN_CODES = "Exit code: 0 if the recipe fits the GPU; 1 if not, and what would fit is listed; 2 for an error."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parsed(argv)
     try:
-        arguments.run(arguments)
+        code = arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -30,7 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was saved is complete (training goes on with train.resume=auto)", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; settings of a recipe may stand before and after options."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    settings = [text for text in rest if "=" in text and not text.startswith("-")]
+    if rest and (settings != rest or not hasattr(arguments, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += settings
+    return arguments
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version, nargs=0, help="versions of this package and what it stands on")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(
+        name: str, run: Callable[[Any], int | None], help: str, epilog: str | None = None
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
         sub.set_defaults(run=run)
         return sub
 
@@ -54,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings of the recipe, e.g. memory.budget=512"
         )
+
+    sub = command("plan", _plan, "predict memory and time of a training recipe on a GPU", epilog=PLAN_CODES)
+    sub.add_argument("recipe", type=Path, help="YAML file, as for train")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe, as for train")
+    sub.add_argument("--gpu", default="auto", help="H200, H100, A100, ...; auto (default): the one of this machine")
+    sub.add_argument("--seconds", type=float, help="length of a clip (default: data.max_duration_s, or 300)")
+    sub.add_argument("--picture", default="1280x720", metavar="WIDTHxHEIGHT", help="of the clips (default 1280x720)")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     sub = command("ask", _ask, "stream a file through a fixed memory and answer a question about it")
     sub.add_argument("video", type=Path)
@@ -169,6 +193,21 @@ def _calibrate(arguments: Any) -> None:
     for i, (layer, entry) in enumerate(zip(report["layers"], report["layer_table"], strict=True)):
         print(f"layer {i:2}: complexity {layer['complexity']:.3f} +- {layer['complexity_std']:.3f}, tokens {entry}")
     print(f"use it with memory.layer_table={config.output}")
+
+
+def _plan(arguments: Any) -> int:
+    from omnimem_train.config import load_config
+    from omnimem_train.gpus import find_gpu
+    from omnimem_train.plan import picture_size, request
+    from omnimem_train.plan_report import report, table
+    from omnimem_train.run_config import RunConfig
+
+    a = arguments
+    gpu = find_gpu(a.gpu)
+    asked = request(load_config(RunConfig, a.recipe, a.overrides), gpu, a.seconds, picture_size(a.picture))
+    found = report(asked)
+    print(json.dumps(found, indent=2) if a.json else table(found))
+    return 0 if found["largest_step"]["fits"] else 1
 
 
 def _bar(unit: str, shown: bool, items: Iterable[Any]) -> Iterable[Any]:

@@ -57,6 +57,12 @@ class Gradient:
         if self.layer < 0:
             raise UserError(f"gradient stop layer {self.layer} is negative")
 
+    def due(self, after: int) -> str:
+        """What a chunk that is followed by `after` others gets: "none", "all", or "below" the stop layer."""
+        if self.kind == "stop_layer":
+            return "below" if after > 0 else "all"
+        return "none" if self.kind == "none" or (self.kind == "last" and after >= self.chunks) else "all"
+
 
 @dataclass(frozen=True)
 class StreamState:
@@ -334,15 +340,8 @@ class Stream:
     # Gradient --------------------------------------------------------------------------------------------------------
 
     def _gradient_due(self, state: StreamState, chunk: TokenBlock) -> str:
-        """ "none", "all", or "below" the stop layer, for the chunk that follows `state`."""
-        kind = self.gradient.kind
-        if kind in ("none", "all"):
-            return kind
-        size = self.spec.chunk_tokens
-        after = -(-(self.total_tokens - state.n_run - chunk.n) // size)  # chunks still to come
-        if kind == "last":
-            return "all" if after < self.gradient.chunks else "none"
-        return "all" if after <= 0 else "below"
+        """`Gradient.due` of the chunk that follows `state`."""
+        return self.gradient.due(-(-(self.total_tokens - state.n_run - chunk.n) // self.spec.chunk_tokens))
 
     def _grad(self, due: bool) -> torch.no_grad | nullcontext[None]:
         return nullcontext() if due and self.gradient.kind != "none" else torch.no_grad()

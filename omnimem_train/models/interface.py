@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omnimem_train.errors import UserError
+from omnimem_train.errors import UserError, nearest
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.memory.state import LayerMemory
 
@@ -324,6 +325,14 @@ def check_text(text: Any, control_tokens: Iterable[str]) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the text {text[:60]!r} is not valid Unicode", str(error), "write it as UTF-8") from error
+
+
+def check_options(encoder: type[MediaEncoder], options: Iterable[str]) -> None:
+    """Raises UserError unless an encoder side can be opened with `options`: its keyword-only parameters."""
+    known = [name for name, p in signature(encoder).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for key in options:
+        if key not in known:
+            raise UserError(f"unknown encoder option {key!r}{nearest(key, known)}", remedy=f"known: {', '.join(known)}")
 
 
 def paired_window_s(fps: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,24 @@ class Settings:
     def factor(self) -> int:
         """Side of a token in pixels."""
         return self.patch * self.merge
+
+    def within(self, min_pixels: int | None = None, max_pixels: int | None = None) -> Settings:
+        """These settings with other pixel limits where given. A maximum below the minimum lowers the minimum too.
+
+        Raises:
+            UserError: limits of which no frame can be made.
+        """
+        high = self.max_pixels if max_pixels is None else max_pixels
+        low = min_pixels
+        if low is None:
+            low = min(self.min_pixels, high) if isinstance(high, int) else self.min_pixels
+        if type(low) is not int or type(high) is not int or not 0 < low <= high or high < self.factor**2:
+            raise UserError(
+                f"frames of {low} to {high} pixels",
+                cause=f"a token is {self.factor} x {self.factor} pixels, and the minimum is at most the maximum",
+                remedy=f"give whole numbers, 0 < min_pixels <= max_pixels, max_pixels >= {self.factor**2}",
+            )
+        return replace(self, min_pixels=low, max_pixels=high)
 
 
 def read_settings(path: str) -> Settings:

@@ -8,8 +8,7 @@ in different versions of transformers (5.23: `model.language_model`, `model.visu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from inspect import signature
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnimem_train.errors import UserError, nearest
+from omnimem_train.errors import UserError
 from omnimem_train.models.decoder import StockDecoder
 from omnimem_train.models.encoding import OmniEncoder
 from omnimem_train.models.interface import (
@@ -28,6 +27,7 @@ from omnimem_train.models.interface import (
     RenderedTurn,
     StreamingModel,
     Turn,
+    check_options,
     check_text,
     paired_window_s,
 )
@@ -131,12 +131,7 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
         Raises:
             UserError: an unknown option, or a value that cannot be used.
         """
-        known = [name for name, p in signature(OmniEncoder).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        for key in options:
-            if key not in known:
-                raise UserError(
-                    f"unknown encoder option {key!r}{nearest(key, known)}", remedy=f"known: {', '.join(known)}"
-                )
+        check_options(OmniEncoder, options)
         return OmniEncoder(self, info, fps, **options)
 
     def prepass(self, sound: Iterable[np.ndarray]) -> dict[str, Any]:
@@ -190,18 +185,7 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
         Raises:
             UserError: limits of which no frame can be made.
         """
-        known = self.preprocessing
-        high = known.max_pixels if max_pixels is None else max_pixels
-        low = min_pixels
-        if low is None:
-            low = min(known.min_pixels, high) if isinstance(high, int) else known.min_pixels
-        if type(low) is not int or type(high) is not int or not 0 < low <= high or high < known.factor**2:
-            raise UserError(
-                f"frames of {low} to {high} pixels",
-                cause=f"a token is {known.factor} x {known.factor} pixels, and the minimum is at most the maximum",
-                remedy=f"give whole numbers, 0 < min_pixels <= max_pixels, max_pixels >= {known.factor**2}",
-            )
-        return replace(known, min_pixels=low, max_pixels=high)
+        return self.preprocessing.within(min_pixels, max_pixels)
 
     def encode_pictures(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Vision tower: (patches, pixels) and their grid to (tokens, E)."""

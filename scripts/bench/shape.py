@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnimem_train.memory import AUDIO, TEXT, VISUAL
+from omnimem_train.costs import StreamStep
+from omnimem_train.memory import AUDIO, TEXT, VISUAL, MemorySpec
 from omnimem_train.models.interface import StreamingModel, TokenBlock
+from omnimem_train.models.lora import LoraSettings
 from omnimem_train.models.preprocess import Settings
 from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
+from omnimem_train.models.shape import DecoderShape
 from omnimem_train.models.tiny import Size, thinker_config, tiny_tokenizer
+from omnimem_train.operations import forward
+from omnimem_train.scoring_costs import Work
+from omnimem_train.streaming import Gradient
 
 
 @dataclass(frozen=True)
@@ -43,19 +49,28 @@ class Shape:
         return self.budget + self.chunk
 
     @property
-    def layer_weights(self) -> int:
-        """Numbers in the matrices of one decoder layer."""
+    def decoder(self) -> DecoderShape:
+        """Sizes as plans take them."""
         s = self.size
-        kv = s.hidden * s.kv_heads // s.heads
-        return 2 * s.hidden * (s.hidden + kv) + 3 * s.hidden * s.mlp
+        return DecoderShape(s.layers, s.hidden, s.heads, s.kv_heads, s.hidden // s.heads, s.mlp, self.vocabulary)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the language model: matrices, biases of q, k and v, norms, embeddings and output matrix."""
+        d = self.decoder
+        small = d.query_width + 2 * d.key_width + 2 * d.hidden
+        return d.layers * (d.layer_weights + small) + d.hidden * (2 * d.vocabulary + 1)
+
+    def step(self, spec: MemorySpec, gradient: Gradient, lora: LoraSettings | None = None) -> StreamStep:
+        """What is run, as plans count it."""
+        question = {"question": 16, "answer": 8}
+        return StreamStep(self.decoder, 2, spec, self.tokens, self.text, self.text, gradient, lora, **question)
 
     def forward_flops(self) -> tuple[float, float]:
         """Floating-point operations of one streaming pass over `tokens`: of the matrices, and of attention."""
-        s, memory, attention = self.size, 0, 0.0
-        for _ in range(self.tokens // self.chunk):
-            attention += 4 * s.hidden * self.chunk * (memory + self.chunk / 2)
-            memory = min(memory + self.chunk, self.budget)
-        return 2.0 * self.layer_weights * s.layers * self.tokens, attention * s.layers
+        step = self.step(MemorySpec("sliding_window", budget=self.budget, chunk_tokens=self.chunk), Gradient("none"))
+        done = sum((c.count * forward(step, c) for c in step.chunks), Work())
+        return done.matrix, done.attention
 
     def step_flops(self) -> float:
         """Of a LoRA step with everything recomputed once: three forwards, and 2.5 for the backward of attention."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from omnimem_train.errors import UserError, nearest
-from omnimem_train.models.interface import MediaEncoder, MediaInfo, RenderedTurn, StreamingModel, Turn, paired_window_s
+from omnimem_train.models.interface import (
+    MediaEncoder,
+    MediaInfo,
+    RenderedTurn,
+    StreamingModel,
+    Turn,
+    check_options,
+    paired_window_s,
+)
 from omnimem_train.models.salmonn import media
 from omnimem_train.models.salmonn.adapter import export_adapter
 from omnimem_train.models.salmonn.decoder import VideoSalmonn2Decoder
@@ -65,12 +71,7 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
         Raises:
             UserError: an unknown option, or a value that cannot be used.
         """
-        known = [name for name, p in signature(SalmonnEncoder).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        for key in options:
-            if key not in known:
-                raise UserError(
-                    f"unknown encoder option {key!r}{nearest(key, known)}", remedy=f"known: {', '.join(known)}"
-                )
+        check_options(SalmonnEncoder, options)
         return SalmonnEncoder(self, info, fps, **options)
 
     def window_s(self, fps: float) -> float:
