@@ -224,7 +224,7 @@ class StreamStep:
     @property
     def undoes(self) -> bool:
         """Whether older memories follow from newer ones in the backward pass (`omnimem_train.snapshots`)."""
-        return self.spec.positions == "absolute" and not self.keeps_hidden
+        return (self.spec.positions == "absolute" or self.spec.unlimited) and not self.keeps_hidden
 
     def left_behind(self, chunk: Chunk) -> float:
         """Bytes that a chunk which will be recomputed leaves for the backward pass: its selection, and the memory

@@ -291,7 +291,8 @@ class Stream:
 
     def _can_undo(self, layers: Layers) -> bool:
         """Whether what is kept stays as it is: then older memories follow from newer ones."""
-        return self.spec.positions == "absolute" and layers[0].hidden is None
+        still = self.spec.positions == "absolute" or self.spec.unlimited
+        return still and layers[0].hidden is None
 
     def _keep(self, tokens: LayerMemory, rows: Tensor | None) -> LayerMemory:
         """The selected tokens, moved together where positions are compact."""

@@ -71,6 +71,18 @@ def test_what_moves_or_is_read_by_selectors_is_held_in_full() -> None:
         assert all(s.past is not None and s.past._held is not None for s in found[1:])
 
 
+def test_an_unlimited_memory_is_followed_back_with_compact_positions_too() -> None:
+    """Nothing leaves it, so nothing moves: each snapshot is the start of the next."""
+    media, spec = toy_stream(45), BUDGETED.replace(positions="compact", budget=None)
+    found = states(Stream(ToyModel(), spec, Gradient("all"), media.n), media)
+    assert all(s.past is not None and s.past._held is None for s in found[1:-1])
+    for s in reversed(found[1:]):
+        assert s.past is not None and same(s.past.restore(), s.layers)
+    plain = grads_with_questions(Gradient("all", checkpointing=False), spec)
+    for a, b in zip(grads_with_questions(Gradient("all"), spec), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_chunks_without_gradient_leave_nothing() -> None:
     media = toy_stream(45)
     found = states(Stream(ToyModel(), BUDGETED, Gradient("last", chunks=2), media.n), media)
