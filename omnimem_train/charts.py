@@ -11,6 +11,7 @@ from omnimem_train.markup import Markup, join, tag
 
 WIDTH, HEIGHT = 360, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 42
+WIDEST = 14.0  # how far a marker may be moved aside, so that it still stands over its place
 COLOURS = 8  # series colours in the page's style
 BAR = 104  # width of a picture in a table cell, as in the page's style
 GLYPH = 6.4  # width of a character at the size of labels, units
@@ -93,6 +94,7 @@ def chart(
     heights = [v for p in finite for v in (p.y, p.low, p.high) if v is not None] + [level.y for level in levels]
     width, height = size
     whiskers = sum(any(p.low is not None for p in line.points) for line in lines)
+    apart = min(apart, 2 * WIDEST / max(1, len(lines) - 1))
     spread = apart * (len(lines) - 1) / 2 if whiskers > 1 else 0.0
     margin = max(18.0, spread + 4) if x.log else 4.0
     to_x, x_ticks = _scale(x, [p.x for p in finite], LEFT, width - RIGHT, margin)

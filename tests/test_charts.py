@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -37,11 +38,14 @@ def test_points_stand_where_their_values_are() -> None:
 
 
 def test_larger_charts_and_lines_further_apart() -> None:
-    lines = [Line(n, [Point(1, 50, 40, 60), Point(2, 50, 40, 60)], markers=True) for n in "abcdefghij"]
+    lines = [Line(n, [Point(1, 50, 40, 60), Point(2, 50, 40, 60)], markers=True) for n in "abcde"]
     svg = chart(lines, Axis("x", log=True, at=(1, 2)), Axis("y", low=0, high=100), [Level("l", 50)], (760, 420), 6.0)
     assert 'viewBox="0 0 760 420"' in svg
     at = numbers(svg, "cx")
-    assert [round(b - a, 1) for a, b in pairwise(at[::2])] == [6.0] * 9
+    assert [round(b - a, 1) for a, b in pairwise(at[::2])] == [6.0] * 4
+    many = [replace(lines[0], name=str(i)) for i in range(15)]
+    crowded = chart(many, Axis("x", log=True, at=(1, 2)), Axis("y", low=0, high=100), [], (760, 420), 6.0)
+    assert [round(b - a, 1) for a, b in pairwise(numbers(crowded, "cx")[::2])] == [2.0] * 14  # 28 units in all
     assert min(at) > 46 and max(at) < 760 - 12  # whiskers stay on the chart however many lines there are
     assert re.search(r'x2="748" y1="[\d.]+" y2="[\d.]+" class="axis"', svg)
 

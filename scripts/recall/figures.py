@@ -19,8 +19,8 @@ FORMS = {(False, False): "own form", (False, True): "with the split", (True, Fal
 
 
 def accuracy_by_budget(main: Grid, scores: Scores, chosen: str) -> str | None:
-    """One line a selector: the OmniMem family, the rivals in their own form and the references."""
-    methods = main.of("omnimem", "rival", "reference")
+    """One line a selector: our chosen method, and every rule in its own form, and the references."""
+    methods = [m for m in main.of("omnimem", "rival", "reference") if "+" not in m or m == chosen]
     if not methods:
         return None
     own = [line_of(main, scores, m, i, m in main.of("reference")) for i, m in enumerate(methods)]
