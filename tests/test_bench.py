@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,3 +50,28 @@ def test_a_run_adds_to_what_was_measured(tmp_path: Path) -> None:
     assert rows["prefill.sliding_window.again"]["note"].startswith("extrapolated")
     assert "no time left for peak" in run(tmp_path, "--budget-s", "0").stdout
     assert "unknown cases: pek" in run(tmp_path, "--cases", "pek").stderr
+
+
+def bench_table() -> Any:
+    spec = importlib.util.spec_from_file_location("bench_table", ROOT / "scripts" / "bench" / "table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_the_results_as_they_are() -> None:
+    made, readme = bench_table(), (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "scripts" / "bench" / "results.json").read_text())
+    assert made.written(readme, made.table(results)) == readme
+
+
+def test_a_table_says_what_was_missed_and_is_of_one_machine() -> None:
+    made, about = bench_table(), dict.fromkeys(("torch", "cuda", "triton", "transformers", "peft", "python"), "1")
+    row = {"unit": "s", "goal": 2.0, "better": "lower", "spread": [1.0, 3.0], "versions": about | {"device": "one"}}
+    slow, quick = {"name": "lora.all", "value": 2.5} | row, {"name": "ask.first_token", "value": 1.5} | row
+    text = made.table([slow, quick, {"name": "another", "value": 1.0} | row])
+    assert "2.5 s [1, 3] | 2 s: **missed** |" in text and "1.5 s [1, 3] | 2 s: met |" in text
+    assert "another" not in text and text.index("ask") < text.index("LoRA")
+    with pytest.raises(ValueError, match="2 machines"):
+        made.table([slow, quick | {"versions": about | {"device": "other"}}])
