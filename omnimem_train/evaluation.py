@@ -85,7 +85,8 @@ class EvalConfig:
         encoder: options of the model's encoder side.
         memory: what all settings share (chunk, positions, allocation, ...).
         selectors: names, or mappings of memory fields with a "name" for the table, e.g.
-            {name: snapkv-split, selector: snapkv, allocation: split, allocation_options: {audio: 0.25}}.
+            {name: snapkv-split, selector: snapkv, allocation: split, allocation_options: {audio: 0.25}}. Fields under
+            "base" hold for the base model alone, which has no learned importance, say.
         budgets: tokens a layer (or sizes such as "64MiB"), "full" for no compression, and "table" for
             `memory.layer_table` as it is. With a table, a number is the mean that it is scaled to.
         with_base, with_adapter: measure without and (if there is one) with the adapter.
@@ -121,18 +122,22 @@ class EvalConfig:
 
     def settings(self) -> list[Setting]:
         """Selectors x budgets x (base, adapter); without compression all selectors are one setting."""
+        both = [False] * self.with_base + [True] * bool(self.with_adapter and self.model.adapter)
+        return [Setting(f"{n}{'+adapter' if a else ''}", spec, a) for a in both for n, spec in self._specs(a).items()]
+
+    def _specs(self, adapter: bool) -> dict[str, MemorySpec]:
+        """Selectors x budgets, for the model with or without the adapter."""
         specs: dict[str, MemorySpec] = {}
         for budget in self.budgets:
             for entry in self.selectors:
-                name, fields = _named(entry)
-                spec = MemorySpec.from_dict(self.memory.to_dict() | fields)
+                name, fields, base = _named(entry)
+                spec = MemorySpec.from_dict(self.memory.to_dict() | fields | ({} if adapter else base))
                 full = budget == FULL  # one setting, whatever the entries are, so it takes nothing from them
                 label, spec = (FULL, _at(self.memory, FULL)) if full else (f"{name}@{budget}", _at(spec, budget))
                 if specs.get(label, spec) != spec:
                     raise UserError(f"two selectors are called {name!r}", remedy="give each a name of its own")
                 specs[label] = spec
-        both = [False] * self.with_base + [True] * bool(self.with_adapter and self.model.adapter)
-        return [Setting(f"{name}{'+adapter' if a else ''}", spec, a) for a in both for name, spec in specs.items()]
+        return specs
 
 
 def _at(spec: MemorySpec, budget: int | str) -> MemorySpec:
@@ -146,19 +151,22 @@ def _at(spec: MemorySpec, budget: int | str) -> MemorySpec:
     return spec
 
 
-def _named(entry: Any) -> tuple[str, dict[str, Any]]:
-    """The name of a selector entry, and the memory fields it sets."""
+def _named(entry: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The name of a selector entry, the memory fields it sets, and those it sets otherwise for the base model."""
     if isinstance(entry, str):
-        return entry, {"selector": entry, "selector_options": {}}
+        return entry, {"selector": entry, "selector_options": {}}, {}
     if not isinstance(entry, Mapping) or "selector" not in entry:
         raise UserError(
             f"selector entry {entry!r} is neither a name nor a mapping with a selector",
             remedy="write e.g. snapkv, or {name: snapkv-split, selector: snapkv, allocation: split}",
         )
-    if "budget" in entry:
+    base = entry.get("base", {})
+    if not isinstance(base, Mapping):
+        raise UserError(f"selector entry {entry!r}: base={base!r} is no mapping of memory fields")
+    if "budget" in entry or "budget" in base:
         raise UserError(f"selector entry {entry!r} sets a budget", remedy="budgets are named in the list `budgets`")
-    fields = {"selector_options": {}} | {k: v for k, v in entry.items() if k != "name"}
-    return str(entry.get("name", entry["selector"])), fields
+    fields = {"selector_options": {}} | {k: v for k, v in entry.items() if k not in ("name", "base")}
+    return str(entry.get("name", entry["selector"])), fields, dict(base)
 
 
 def _question(i: ChoiceItem) -> ChoiceQuestion:
@@ -325,13 +333,13 @@ def summarise(results: list[ItemResult], settings: list[Setting]) -> dict[str, A
 
     Returns:
         "rows": per setting its description, "n", "clips", "accuracy", "low", "high", "coverage"; with the adapter also
-        "difference" (value, low, high, gained, lost, p, p_holm) to the same memory without it. "failed": items that
-        gave no answer, each once, with the reason.
+        "difference" (value, low, high, gained, lost, p, p_holm) to the setting of the same name without it. "failed":
+        items that gave no answer, each once, with the reason.
     """
     held: dict[str, list[Outcome]] = {}
     for s in settings:
         held[s.key()] = outcomes(r for r in results if r.key == s.key())
-    rows, p_values = [], {}
+    rows, p_values, bases = [], {}, {s.name: s.key() for s in settings if not s.adapter}
     for s in settings:
         if not held[s.key()]:
             continue
@@ -339,7 +347,7 @@ def summarise(results: list[ItemResult], settings: list[Setting]) -> dict[str, A
         row = describe(s) | {
             "n": a.n, "clips": a.clips, "accuracy": a.value, "low": a.low, "high": a.high, "coverage": a.coverage,
         }  # fmt: skip
-        base = Setting("", s.spec, adapter=False).key()
+        base = bases.get(s.name.removesuffix("+adapter"), "")
         if s.adapter and held.get(base):
             c = compare(held[base], held[s.key()])
             p_values[s.name] = c.p_mcnemar

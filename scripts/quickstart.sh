@@ -19,7 +19,7 @@ if [ -d $run/train ] && ! cmp -s recipes/quickstart.yaml $run/recipe.yaml; then
     echo "the recipe has changed: beginning anew"
     rm -rf $run/train $run/adapter $run/eval
 fi
-if [ -d $run/train/checkpoints/step-00000040 ]; then
+if [ -d $run/train/checkpoints/step-00000032 ]; then
     echo "kept: $run/train"
 else
     mkdir -p $run && cp recipes/quickstart.yaml $run/recipe.yaml
@@ -41,8 +41,9 @@ omnimem report --train $run/train --eval $run/eval --out $run/report.html --titl
     --note "A small model on a small world: RESULTS.md has the full study."
 
 echo
-echo "The row with budget 24 shows what fine-tuning with compression in the loop gains, with its interval; the row 'full'"
-echo "that the full cache keeps its accuracy. The study's figure on clips of a minute, two models and three seeds, 49 and 74"
+echo "The row with budget 24 shows what fine-tuning with compression in the loop gains, with its interval: the base chooses"
+echo "by attention, the adapter by the importance it learned. The row 'full' shows that the full cache keeps its accuracy."
+echo "The study's figure on clips of a minute, two models and three seeds, 49 and 74"
 echo "tokens (2 and 3 %), with a learned importance: budget-aware LoRA minus ... (points [95 % interval], RESULTS.md)"
 grep '^| `budget_lora` read.*| `[a-z_]*` read' RESULTS.md | awk -F'|' '{print $3, $(NF - 1)}'
 echo "Report: $run/report.html ($((SECONDS - begun)) s)"

@@ -247,6 +247,9 @@ def test_summary_and_table() -> None:
         (["with_base=false"], "there is no adapter"),
         (["budgets=[]"], "nothing to evaluate"),
         (["selectors=[{selector: knorm, bugdet: 3}]"], "bugdet"),
+        (["selectors=[{selector: knorm, base: snapkv}]"], "no mapping of memory fields"),
+        (["selectors=[{selector: knorm, base: {budget: 3}}]"], "sets a budget"),
+        (["selectors=[{selector: knorm, base: {selektor: snapkv}}]"], "selektor"),
     ],
 )
 def test_settings_of_a_recipe(overrides: list[str], message: str) -> None:
@@ -255,6 +258,23 @@ def test_settings_of_a_recipe(overrides: list[str], message: str) -> None:
             load_config(EvalConfig, None, overrides)
     else:
         assert len(load_config(EvalConfig, None, overrides).settings()) == 1
+
+
+def test_the_base_can_have_fields_of_its_own(tmp_path: Path) -> None:
+    """A row compares what each chooses with; the full cache stays one setting."""
+    entry = "{name: mine, selector: omnimem, selector_options: {importance: learned}, base: {selector_options: {}}}"
+    overrides = [f"selectors=[{entry}]", "budgets=[8, full]", f"model.adapter={tmp_path}"]
+    settings = load_config(EvalConfig, None, overrides).settings()
+    told = {s.name: s.spec.selector_options for s in settings}
+    assert told == {"mine@8": {}, "full": {}, "mine@8+adapter": {"importance": "learned"}, "full+adapter": {}}
+    results = [
+        ItemResult(f"c{i}", f"q{i}", s.name, s.key(), "A", "A" if s.adapter or i % 2 else "B")
+        for s in settings
+        for i in range(20)
+    ]
+    rows = {row["name"]: row for row in summarise(results, settings)["rows"]}
+    assert rows["mine@8+adapter"]["difference"]["value"] == pytest.approx(0.5)
+    assert "difference" not in rows["mine@8"]
 
 
 @pytest.mark.slow
