@@ -23,6 +23,9 @@ from omnimem_train.retention import Attended, Watch
 from omnimem_train.streaming import Gradient, Stream, StreamState
 
 
+TEACHER_CHUNK = 2048  # at least so many tokens at a time: where nothing is dropped, longer chunks give the same sooner
+
+
 @dataclass(frozen=True)
 class TimedTurn:
     """A rendered turn and the second of the stream it is asked at (None: its end)."""
@@ -294,7 +297,8 @@ class StreamingStep(nn.Module):
             return [], None
         watch = Watch(encoded.n_tokens, self.model.n_layers) if retains else None
         with torch.no_grad(), self.adapters_off():
-            full = Stream(self.model, spec.replace(selector="full", selector_options={}))
+            longer = max(spec.chunk_tokens, TEACHER_CHUNK)
+            full = Stream(self.model, spec.replace(selector="full", selector_options={}, chunk_tokens=longer))
             logits, _ = answer_logits(full, encoded, watch)
         return logits, None if watch is None else watch.attended()
 
