@@ -22,7 +22,6 @@ from omnimem_train.models.interface import MediaEncoder, MediaWindow, RenderedTu
 from omnimem_train.retention import Attended, Watch
 from omnimem_train.streaming import Gradient, Stream, StreamState
 
-
 TEACHER_CHUNK = 2048  # at least so many tokens at a time: where nothing is dropped, longer chunks give the same sooner
 
 

@@ -11,7 +11,7 @@ begun=$SECONDS
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/4 clips: real mp4 files of 24 s with picture, sound and questions"
-python -m data_prep.render $run/clips --clips 84 --val 24 --test 4 --seconds 24 --questions-per-clip 10 --words \
+python -m data_prep.render $run/clips --clips 76 --val 20 --test 4 --seconds 24 --questions-per-clip 10 --words \
     --no-narrate --seed 0 --workers 2
 
 say "2/4 fine-tuning checkpoints/tiny-omni (a small trained Qwen2.5-Omni thinker) under random memory budgets"
@@ -19,7 +19,7 @@ if [ -d $run/train ] && ! cmp -s recipes/quickstart.yaml $run/recipe.yaml; then
     echo "the recipe has changed: beginning anew"
     rm -rf $run/train $run/adapter $run/eval
 fi
-if [ -d $run/train/checkpoints/step-00000032 ]; then
+if [ -d $run/train/checkpoints/step-00000028 ]; then
     echo "kept: $run/train"
 else
     mkdir -p $run && cp recipes/quickstart.yaml $run/recipe.yaml
