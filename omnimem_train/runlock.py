@@ -60,6 +60,10 @@ def _take(folder: Path) -> FileIO:
             file = FileIO(folder / NAME, "a+")
         except FileNotFoundError:  # the run before has just removed the folder
             continue
+        except FileExistsError:  # it was there, and is gone again before `mkdir` could look whether it is a folder
+            if folder.exists() and not folder.is_dir():
+                raise
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -107,6 +107,24 @@ def test_runs_that_begin_and_end_all_the_time_never_meet(tmp_path: Path) -> None
     assert not list(tmp_path.rglob(NAME))
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir, calls = Path.mkdir, []
+
+    def once_gone(self: Path, *args: Any, **options: Any) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise FileExistsError(self)
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", once_gone)
+    with run_lock(tmp_path / "run"):
+        assert (tmp_path / "run" / NAME).exists()
+    assert len(calls) >= 2
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), run_lock(tmp_path / "file"):
+        pass
+
+
 def test_a_run_that_fails_frees_the_folder_and_leaves_nothing_empty(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     with pytest.raises(FileNotFoundError), run_lock(folder):
