@@ -203,6 +203,17 @@ def test_two_processes_equal_one(recipe: Path, one: Path, tmp_path: Path) -> Non
     assert largest_difference(adapter(one), adapter(two)) < 1e-4
 
 
+def test_two_processes_teach_the_same_importance(recipe: Path, tmp_path: Path) -> None:
+    """Also where a step has nothing to choose (full cache), which gives the head a gradient of zero and no hang."""
+    learned = "memory.selector_options={importance: learned, lam: 0.3}"
+    options = ("lora.dropout=0", "memory.selector=omnimem", learned, "loss.retention=1", "budgets.full_share=0.5")
+    one = run(recipe, tmp_path / "one", *options)
+    two = run(recipe, tmp_path / "two", *options, "train.accumulation=1", processes=2)
+    assert {row["budget"] > 0 for row in read_metrics(two / "metrics.jsonl")} == {False, True}
+    assert adapter(one)["omnimem_importance"].any()
+    assert largest_difference(adapter(one), adapter(two)) < 1e-4
+
+
 def test_zero_2_equals_one_process_and_resumes(recipe: Path, one: Path, tmp_path: Path) -> None:
     options = ("lora.dropout=0", "train.accumulation=1", f"train.deepspeed={ROOT / 'recipes/launch/zero2.json'}")
     zero = run(recipe, tmp_path / "zero", *options, processes=2, DS_ACCELERATOR="cpu")
