@@ -28,7 +28,7 @@ class Attended:
     Attributes:
         layers: for each layer (B, T) float32: the most attention that any query head and any token of any question pays
             to each of the T tokens of a stream, mean over kv heads. A token matters if one question needs it; a mean
-            over questions is nearly even and teaches less (measured on the recall world).
+            over many questions is nearly even.
     """
 
     layers: Sequence[Tensor]

@@ -28,7 +28,7 @@ from omnimem_train.models.importance import FILE, add_importance_head, load_impo
 from omnimem_train.models.interface import StreamingModel
 from omnimem_train.models.loading import ModelConfig, load_model
 from omnimem_train.models.lora import LoraSettings, add_lora
-from omnimem_train.retention import Watch, retention_loss
+from omnimem_train.retention import Attended, Watch, retention_loss
 from omnimem_train.run_config import RunConfig, TrainConfig
 from omnimem_train.runlog import read_metrics
 from omnimem_train.session import model_fingerprint
@@ -269,3 +269,53 @@ def test_a_loss_that_teaches_what_nobody_reads_is_refused(nano_folder: Path, tmp
     )
     with pytest.raises(UserError, match=r"trains an importance that memory\.selector does not read"):
         train(config)
+
+
+def test_each_layer_chooses_by_its_own_head() -> None:
+    def kept(head_of: int | None) -> list[list[int]]:
+        model = ToyModel()
+        head = add_importance_head(model)
+        if head_of is not None:
+            torch.nn.init.normal_(head[head_of].data, generator=torch.Generator().manual_seed(1))
+        stream = Stream(model, LEARNED.replace(selector_options={"importance": "learned", "lam": 5.0}))
+        layers = stream.flush(stream.feed(stream.start(), toy_stream(17))).layers
+        return [m.index[0, 0].tolist() for m in layers]
+
+    plain = kept(None)
+    for layer in range(3):
+        assert kept(layer)[layer] != plain[layer]
+        assert kept(layer)[:layer] == plain[:layer]
+
+
+def test_what_an_encoder_held_back_is_not_noted() -> None:
+    tokens = torch.arange(6)
+    memory = LayerMemory.from_chunk(
+        torch.randn(1, 1, 6, 4), torch.zeros(1, 1, 6, 4), torch.zeros(1, 6, 3).long(), tokens[None].to(torch.int8),
+        tokens[None].float(), tokens[None],
+    )  # fmt: skip
+    watch = Watch(6, 1)
+    watch.known = 4
+    keys = torch.cat([memory.keys, torch.randn(1, 1, 2, 4)], 2)
+    watch.add(0, torch.randn(1, 2, 2, 4), keys, memory, torch.ones(1, 2, dtype=torch.bool), None)
+    (found,) = watch.attended().layers
+    assert (found[0, :4] > 0).all() and not found[0, 4:].any()
+
+
+def test_the_loss_is_a_mean_over_choices_that_counts_for_every_answer_token() -> None:
+    model = ToyModel()
+    head = add_importance_head(model)
+    torch.nn.init.normal_(head.data, generator=torch.Generator().manual_seed(0))
+    encoded = EncodedStream([toy_stream(33)], [Moment(1, None, [question(5, [1, 2])])])
+    result = StreamingStep(model, LossConfig(retention=3.0))(encoded, LEARNED, Gradient("all"))
+    assert result.retention_loss is not None
+    added = float((result.loss - result.answer_loss).detach())
+    assert added == pytest.approx(3 * 2 * float(result.retention_loss))
+    attended = Attended(watched(model, encoded.questions))
+    stream = Stream(model, LEARNED, Gradient("all", checkpointing=False), 33, attended)
+    states = [stream.start()]
+    for start in (0, 8, 16, 24, 32):
+        states.append(stream.flush(stream.feed(states[-1], toy_stream(33)[start : start + 8])))
+    counts = [0 if s.retention is None else s.retention[1] for s in states]
+    assert counts == sorted(counts) and counts[-1] > counts[-2] > 3
+    total, n = states[-1].retention or (torch.zeros(()), 0)
+    assert float(total / n) == pytest.approx(float(result.retention_loss), rel=1e-6)
