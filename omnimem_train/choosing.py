@@ -41,6 +41,10 @@ class Chooser:
         """For a new stream: what is derived from the weights alone is made anew, they may have changed."""
         self._grams.clear()
 
+    def hold(self, grams: list[Tensor]) -> None:
+        """Take `gram` of the layers from outside until the next `start`; nothing for an empty list."""
+        self._grams.update(enumerate(grams))
+
     def count_text(self, memory: LayerMemory, chunk: Tensor) -> int:
         """Text tokens among the candidates: a layer's memory and a chunk of modalities (B, n). Text is never dropped,
         so it is the same number in every layer; asked once, the host waits for the device once a chunk and not once a
@@ -77,7 +81,7 @@ class Chooser:
 
     def _candidates(self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: int, n_text: int) -> Candidates:
         n_memory, needs = tokens.n_tokens - queries.shape[2], self.selector.needs
-        gram = self._gram(layer) if "output_gram" in needs else None
+        gram = self.gram(layer) if "output_gram" in needs else None
         probes = self.selector.probes().rows(queries.shape[2], queries.device)
         return Candidates(
             tokens=tokens,
@@ -99,7 +103,7 @@ class Chooser:
         head = self.model.importance_head
         return None if head is None else head[layer].detach()
 
-    def _gram(self, layer: int) -> Tensor:
+    def gram(self, layer: int) -> Tensor:
         """W_h^T W_h of a layer's output projection, made once a stream."""
         if layer not in self._grams:
             with torch.autocast(self.model.device.type, enabled=False):

@@ -23,10 +23,17 @@ from omnimem_train.snapshots import Layers, Snapshot
 
 Result = tuple[Layers, Tensor | None]
 Run = Callable[[Layers, Tensor], Result]
+Back = Callable[[Layers, Tensor, Sequence[Tensor | None], Sequence[bool]], list[Tensor | None] | None]
 
 
 def recomputed(
-    run: Run, layers: Layers, snapshot: Snapshot, embeds: Tensor, weights: Sequence[Tensor], learning: int | None = None
+    run: Run,
+    layers: Layers,
+    snapshot: Snapshot,
+    embeds: Tensor,
+    weights: Sequence[Tensor],
+    learning: int | None = None,
+    back: Back | None = None,
 ) -> Result:
     """`run(layers, embeds)`, computed again in the backward pass on what `snapshot` restores.
 
@@ -39,8 +46,10 @@ def recomputed(
         embeds: what the chunk's tokens enter the first layer as.
         weights: everything else `run` reads that may want a gradient.
         learning: memories of how many layers, the first ones, have gradient afterwards; None for all.
+        back: a shorter way to the same gradients: from memories, embeddings, gradients of the outputs and which inputs
+            need one to what `gradients_of` gives; or to None, where there is none.
     """
-    work = _Work(run, snapshot, embeds, list(weights), learning, _Surroundings.here(embeds))
+    work = _Work(run, snapshot, embeds, list(weights), learning, back, _Surroundings.here(embeds))
     first = [layers]
     given = [embeds, *_data(layers), *weights]
     outputs = iter(_Twice.apply(work, first, *given))
@@ -85,6 +94,7 @@ class _Work:
     embeds: Tensor
     weights: list[Tensor]
     learning: int | None
+    back: Back | None
     surroundings: _Surroundings
     result: list[Result] = field(default_factory=list)
 
@@ -92,18 +102,34 @@ class _Work:
         """Gradients of embeddings, memories and weights (None where `needed` is False), from those of the outputs."""
         layers = self.snapshot.restore()
         embeds = self.embeds.detach().requires_grad_(needed[0])
+        if self.back is not None:
+            found = self.back(layers, embeds, grads, needed)
+            if found is not None:
+                return found
         kept, more = self.surroundings.again(lambda: self.run(layers, embeds))
-        outputs = [*_data(kept), *([] if more is None else [more])]
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        inputs = [embeds, *_data(layers), *self.weights]
-        places = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and x.requires_grad]
-        found: list[Tensor | None] = [None] * len(inputs)
-        if pairs and places:
-            ends, weight = zip(*pairs, strict=True)
-            gradients = torch.autograd.grad(ends, [inputs[i] for i in places], weight, allow_unused=True)
-            for i, gradient in zip(places, gradients, strict=True):
-                found[i] = gradient
-        return found
+        return gradients_of(kept, more, [embeds, *_data(layers), *self.weights], grads, needed)
+
+
+def gradients_of(
+    kept: Layers, more: Tensor | None, inputs: Sequence[Tensor], grads: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the `inputs` of a pass, None where they are not `needed`.
+
+    Args:
+        kept, more: what the pass gave.
+        inputs: embeddings, data of the memories, weights.
+        grads: of the data of `kept`, and of `more` where it is there.
+    """
+    outputs = [*_data(kept), *([] if more is None else [more])]
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    places = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and x.requires_grad]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if pairs and places:
+        ends, weight = zip(*pairs, strict=True)
+        gradients = torch.autograd.grad(ends, [inputs[i] for i in places], weight, allow_unused=True)
+        for i, gradient in zip(places, gradients, strict=True):
+            found[i] = gradient
+    return found
 
 
 class _Twice(torch.autograd.Function):

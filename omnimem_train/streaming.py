@@ -12,20 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnimem_train import kernels
 from omnimem_train.choosing import Chooser
+from omnimem_train.chunk import ChunkInputs, ChunkPass, Result
+from omnimem_train.chunk_graphs import ChunkGraphs
 from omnimem_train.errors import UserError
 from omnimem_train.memory import positions as rotary_positions
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import VISUAL, LayerMemory
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Tap, TokenBlock
 from omnimem_train.recompute import recomputed
-from omnimem_train.retention import Attended, Watch, retention_loss
-from omnimem_train.snapshots import FirstPass, Layers, Snapshot, Undo, narrow
+from omnimem_train.retention import Attended, Watch
+from omnimem_train.snapshots import FirstPass, Layers, Snapshot
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class StreamState:
         horizon: (B,) int64, the largest temporal position run so far, offset included; -1 before any.
         retention: scalar, the sum of the retention losses of all choices so far, and their number; None without any.
         past: `layers` for the backward pass; None if no chunk is recomputed there so far.
+        steady: whether the last chunk left every layer's memory as long as it was.
     """
 
     layers: Layers
@@ -87,10 +91,7 @@ class StreamState:
     horizon: Tensor
     past: Snapshot | None = None
     retention: tuple[Tensor, int] | None = None
-
-    def without_layers(self) -> StreamState:
-        """The rest: what a recomputation may hold on to."""
-        return replace(self, layers=(), pending=None, past=None)
+    steady: bool = False
 
 
 class Stream:
@@ -120,6 +121,8 @@ class Stream:
         self.model, self.spec, self.total_tokens, self.attended = model, spec, total_tokens, attended
         self.gradient = gradient or Gradient("none")
         self.chooser = Chooser(model, spec)
+        self.passes = ChunkPass(model, spec, self.chooser, attended)
+        self.graphs: ChunkGraphs | None = None
         self._weights = [p for p in model.module.parameters() if p.requires_grad] if self._checkpoints() else []
         if model.device.type == "cuda":
             kernels.install()
@@ -135,6 +138,7 @@ class Stream:
         anew: between two streams the weights may have changed."""
         m = self.model
         self.chooser.start()
+        self.graphs = ChunkGraphs(self.passes) if m.graphs else None
         wants_hidden = "hidden" in self.chooser.selector.needs and not self.spec.unlimited
         empty = LayerMemory.empty(
             batch,
@@ -227,16 +231,25 @@ class Stream:
         """Run `chunk` after the memory and compress, with the gradient this chunk is due."""
         due = self._gradient_due(state, chunk)
         stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
-        rest, first, past = state.without_layers(), FirstPass(), None
+        inputs, first, past = self._inputs(state, chunk), FirstPass(), None
 
-        def run(layers: Layers, embeds: Tensor) -> tuple[Layers, Tensor | None]:
-            return self._layers_of_chunk(layers, replace(chunk, embeds=embeds), rest, stop_layer, first)
+        def run(layers: Layers, embeds: Tensor) -> Result:
+            if state.steady and self.graphs is not None and not first.rows:
+                found = self.graphs.run(layers, embeds, inputs, first)
+                if found is not None:
+                    return found
+            return self.passes.run(layers, embeds, inputs, first, stop_layer)
+
+        def back(layers: Layers, embeds: Tensor, *due: Any) -> list[Tensor | None] | None:
+            if self.graphs is None:
+                return None
+            return self.graphs.back(layers, embeds, inputs, first, stop_layer, self._weights, *due)
 
         with self._grad(due != "none"):
             if due != "none" and self._checkpoints():
                 first.notes = self._can_undo(state.layers)
-                before = state.past or Snapshot(state.layers)
-                layers, lost = recomputed(run, state.layers, before, chunk.embeds, self._learned(chunk), stop_layer)
+                before, learned = state.past or Snapshot(state.layers), self._learned(chunk)
+                layers, lost = recomputed(run, state.layers, before, chunk.embeds, learned, stop_layer, back)
                 past = Snapshot(layers)
                 if first.notes:
                     before.follow(past, first.undo)
@@ -249,59 +262,22 @@ class Stream:
         if lost is not None:
             before_it, n_before = retention or (torch.zeros_like(lost), 0)
             retention = before_it + lost, n_before + n_choices
-        return StreamState(layers, None, state.n_run + chunk.n, state.n_chunks + 1, offset, horizon, past, retention)
+        steady = all(new.n_tokens == old.n_tokens for new, old in zip(layers, state.layers, strict=True))
+        n_run, n_chunks = state.n_run + chunk.n, state.n_chunks + 1
+        return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, retention, steady)
 
-    def _layers_of_chunk(
-        self, layers: Layers, chunk: TokenBlock, state: StreamState, stop_layer: int, first: FirstPass
-    ) -> tuple[Layers, Tensor | None]:
-        """All layers on one chunk: what they keep, and the sum of their retention losses. `first` is empty on the first
-        pass, which fills it, and full on a recomputation, which must not select anew (rounding could tip a tie)."""
-        hidden, kept, lost = chunk.embeds, [], list[Tensor]()
-        positions = _shift(chunk, state.offset)
-        rope = self.model.rope(positions)
-        index = torch.arange(state.n_run, state.n_run + chunk.n, device=hidden.device).expand(hidden.shape[0], -1)
-        first_pass = not first.rows
-        n_text = self.chooser.count_text(layers[0], chunk.modality) if first_pass else 0
-        bare = not first_pass and first.notes
-        for layer, memory in enumerate(layers):
-            with torch.no_grad() if layer >= stop_layer else nullcontext():
-                tap = Tap(memory if memory.n_tokens else None)
-                layer_input = hidden if memory.hidden is not None else None
-                hidden = self.model.run_layer(layer, hidden, rope, tap, chunk.extras)
-                assert tap.keys is not None and tap.values is not None and tap.queries is not None
-                if bare:
-                    new = LayerMemory.bare(tap.keys, tap.values)
-                else:
-                    new = LayerMemory.from_chunk(
-                        tap.keys, tap.values, positions, chunk.modality, chunk.time_s, index, layer_input
-                    )
-                tokens = memory.append(new, tap.joined)
-                if first_pass:
-                    rows, evidence = self.chooser.choose(layer, tokens, tap.queries, state.n_chunks, n_text)
-                    first.rows.append(None if rows is None else narrow(rows, tokens.n_tokens))
-                    tokens = tokens if evidence is None else tokens.with_evidence(evidence)
-                    if first.notes:
-                        first.undo.append(Undo.of(tokens, memory.n_tokens, first.rows[layer]))
-                chosen = first.rows[layer]
-                if self.attended is not None and chosen is not None and self.model.importance_head is not None:
-                    head = self.model.importance_head[layer]
-                    lost.append(retention_loss(tokens, head, self.attended.layers[layer]))
-                kept.append(self._keep(tokens, None if chosen is None else chosen.long()))
-        return tuple(kept), torch.stack(lost).sum() if lost else None
+    def _inputs(self, state: StreamState, chunk: TokenBlock) -> ChunkInputs:
+        """What a pass over `chunk` after `state` reads beside memories and embeddings."""
+        positions, device = _shift(chunk, state.offset), chunk.embeds.device
+        index = torch.arange(state.n_run, state.n_run + chunk.n, device=device).expand(chunk.embeds.shape[0], -1)
+        n_text = self.chooser.count_text(state.layers[0], chunk.modality)
+        rope, extras = self.model.rope(positions), dict(chunk.extras)
+        return ChunkInputs(positions, rope, chunk.modality, chunk.time_s, index, extras, state.n_chunks, n_text)
 
     def _can_undo(self, layers: Layers) -> bool:
         """Whether what is kept stays as it is: then older memories follow from newer ones."""
         still = self.spec.positions == "absolute" or self.spec.unlimited
         return still and layers[0].hidden is None
-
-    def _keep(self, tokens: LayerMemory, rows: Tensor | None) -> LayerMemory:
-        """The selected tokens, moved together where positions are compact."""
-        if rows is None:
-            return tokens
-        kept = tokens.gather(rows)
-        if self.spec.positions == "compact":
-            kept = rotary_positions.compact(kept, self.model.rotary(), self.spec.max_gap)
-        return kept
 
     def _extend(
         self,

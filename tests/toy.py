@@ -88,10 +88,10 @@ class ToyModel(StreamingModel):
         return self._rotary
 
     def rope(self, positions: Tensor) -> Any:
-        return positions
+        return positions, positions
 
     def run_layer(self, layer: int, hidden: Tensor, rope: Any, tap: Tap, extras: Mapping[str, Tensor]) -> Tensor:
-        return self.module.layers[layer](hidden, self._rotary, rope, tap)
+        return self.module.layers[layer](hidden, self._rotary, rope[0], tap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.module.head(hidden)

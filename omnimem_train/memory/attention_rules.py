@@ -36,6 +36,7 @@ class SnapKV(EvidenceSelector):
     """
 
     name: ClassVar[str] = "snapkv"
+    records: ClassVar[bool] = True
     can_be_negative: ClassVar[bool] = False
     source: ClassVar[str] = "SnapKV, arXiv 2404.14469; kvpress `SnapKVPress`"
     cost: ClassVar[str] = "attention of the last 64 queries"
@@ -81,6 +82,7 @@ class ObservedAttention(EvidenceSelector):
     """
 
     name: ClassVar[str] = "observed_attention"
+    records: ClassVar[bool] = True
     can_be_negative: ClassVar[bool] = False
     source: ClassVar[str] = "H2O style, arXiv 2306.14048; kvpress `ObservedAttentionPress`"
     cost: ClassVar[str] = "attention of all chunk queries"
@@ -101,6 +103,7 @@ class Tova(EvidenceSelector):
     """Attention of the newest query, averaged over all heads. All kv heads keep the same tokens, the newest too."""
 
     name: ClassVar[str] = "tova"
+    records: ClassVar[bool] = True
     can_be_negative: ClassVar[bool] = False
     source: ClassVar[str] = "TOVA, arXiv 2401.06104; kvpress `TOVAPress`"
     cost: ClassVar[str] = "attention of one query"

@@ -128,6 +128,7 @@ class SlidingWindow(Selector):
     """
 
     name: ClassVar[str] = "sliding_window"
+    records: ClassVar[bool] = True
     source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453; kvpress `StreamingLLMPress` counts sinks over all tokens"
     cost: ClassVar[str] = "none"
     shared_heads: ClassVar[bool] = True
@@ -150,6 +151,7 @@ class KNorm(ScoringSelector):
     """Keeps keys of small norm: score -||k||."""
 
     name: ClassVar[str] = "knorm"
+    records: ClassVar[bool] = True
     source: ClassVar[str] = "Devoto et al., arXiv 2406.11430; kvpress `KnormPress`"
     cost: ClassVar[str] = "norms of keys"
 
@@ -164,6 +166,7 @@ class KeyDifference(ScoringSelector):
     """Keeps keys unlike the average key: score -cos(k, mean of unit keys)."""
 
     name: ClassVar[str] = "key_difference"
+    records: ClassVar[bool] = True
     source: ClassVar[str] = "KeyDiff, arXiv 2504.15364; kvpress `KeyDiffPress`"
     cost: ClassVar[str] = "one cosine per key"
 

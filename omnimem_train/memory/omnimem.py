@@ -53,6 +53,7 @@ class OmniMem(EvidenceSelector):
     """
 
     name: ClassVar[str] = "omnimem"
+    records: ClassVar[bool] = True
     source: ClassVar[str] = "OmniMem, arXiv 2606.07577; options follow its released code (commit de44792)"
     cost: ClassVar[str] = "attention of all chunk queries; layer inputs kept in memory"
     shared_heads: ClassVar[bool] = True

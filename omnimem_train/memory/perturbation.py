@@ -41,6 +41,7 @@ class Perturbation(EvidenceSelector):
     """
 
     name: ClassVar[str] = "perturbation"
+    records: ClassVar[bool] = True
     source: ClassVar[str] = "ours: exact leave-one-out; CriticalKV (arXiv 2502.03805) bounds the same quantity"
     cost: ClassVar[str] = "attention of 64 queries and their distances to all values; cosines of all pairs of keys"
     can_be_negative: ClassVar[bool] = False

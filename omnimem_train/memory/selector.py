@@ -191,6 +191,8 @@ class Selector(ABC):
         cost: what it computes per layer and chunk, in a phrase.
         shared_heads: True when all kv heads keep the same tokens.
         keeps_all: True when nothing is ever dropped.
+        records: True when `score` waits for no result on the host and draws no random numbers, so that its launches can
+            be recorded and replayed.
     """
 
     name: ClassVar[str]
@@ -198,6 +200,7 @@ class Selector(ABC):
     cost: ClassVar[str]
     shared_heads: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = False
+    records: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:

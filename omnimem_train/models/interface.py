@@ -224,6 +224,8 @@ class StreamingModel(ABC):
     tokenizer: Any
     HEAD: ClassVar[str] = "omnimem_importance"  # the parameter of `module` that `importance_head` is
     adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
+    graphs: bool = False
+    """Record the launches of chunks that repeat and replay them (CUDA graphs), see `omnimem_train.chunk_graphs`."""
     adapter_layouts: tuple[str, ...] = ("peft",)
     """Names under which an adapter can be exported. The first is what peft writes for the class of `module`."""
 

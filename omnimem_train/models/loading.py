@@ -40,6 +40,8 @@ class ModelConfig:
         attention: kernel of the decoder's attention: "sdpa"; "split" (memory and chunk one after the other, through
             cuDNN on Hopper GPUs); or "eager" as a reference.
         adapter: folder of a PEFT adapter to put on the model, or None.
+        graphs: on an NVIDIA GPU, record the launches of chunks that repeat (CUDA graphs) and replay them: less work for
+            the host, more memory. See `omnimem_train.chunk_graphs`.
     """
 
     path: str = ""
@@ -47,6 +49,7 @@ class ModelConfig:
     device: str = "auto"
     attention: str = "sdpa"
     adapter: str | None = None
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("dtype", self.dtype, _DTYPES), ("attention", self.attention, _KERNELS)):
@@ -64,6 +67,7 @@ def load_model(
     device: str | torch.device = "auto",
     attention: str = "sdpa",
     adapter: str | Path | None = None,
+    graphs: bool = False,
 ) -> StreamingModel:
     """The streaming model of a checkpoint, in evaluation mode, all its weights frozen.
 
@@ -73,7 +77,7 @@ def load_model(
         UserError: no such folder, no `config.json`, tokenizer or weights in it, or a kind of model that is not known
             here.
     """
-    config = ModelConfig(str(path), dtype, str(device), attention, None if adapter is None else str(adapter))
+    config = ModelConfig(str(path), dtype, str(device), attention, None if adapter is None else str(adapter), graphs)
     target = model_class(config.path)
     where = pick_device(config.device)
     check_tokenizer(config.path)
@@ -87,6 +91,7 @@ def load_model(
             cause=(f"{type(error).__name__}: {error}".strip().splitlines())[0],
             remedy="fetch the checkpoint again; its config.json, weights and tokenizer must belong together",
         ) from error
+    model.graphs = config.graphs
     if config.adapter is not None:
         from omnimem_train.models.importance import load_importance_head
         from omnimem_train.models.lora import load_adapter  # peft only where an adapter is
@@ -98,9 +103,7 @@ def load_model(
 
 def load(config: ModelConfig) -> StreamingModel:
     """`load_model` with the fields of `config`."""
-    return load_model(
-        config.path, dtype=config.dtype, device=config.device, attention=config.attention, adapter=config.adapter
-    )
+    return load_model(**vars(config))
 
 
 def model_class(path: str) -> Any:

@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=0, help="length of the stream, if not the shape's")
     parser.add_argument("--reps", type=int, default=3, help="timed runs of a case")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "split", "eager"], help="of the decoder")
+    parser.add_argument("--graphs", action="store_true", help="record chunks that repeat and replay them")
     parser.add_argument(
         "--dtype", default="", choices=["", "bfloat16", "float32"], help="unset: bfloat16 on a GPU, float32 elsewhere"
     )
@@ -75,7 +76,7 @@ def main() -> None:
         shape = with_tokens(shape, args.tokens)
     results = Results(args.out / "results.json", versions(device))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    bench = Bench(shape, device, dtype, results, Clock(device), args.reps, args.suffix, args.attention)
+    bench = Bench(shape, device, dtype, results, Clock(device), args.reps, args.suffix, args.attention, args.graphs)
     for name in names:
         now = time.perf_counter()
         if now > end:

@@ -40,6 +40,7 @@ class Bench:
     Attributes:
         suffix: put behind the names of results, to tell runs with other settings apart.
         attention: kernel of the decoder's attention.
+        graphs: whether chunks that repeat are recorded and replayed.
     """
 
     shape: Shape
@@ -50,6 +51,7 @@ class Bench:
     reps: int = 3
     suffix: str = ""
     attention: str = "sdpa"
+    graphs: bool = False
 
     @property
     def has_kernels(self) -> bool:
@@ -59,7 +61,9 @@ class Bench:
     @cached_property
     def model(self) -> StreamingModel:
         """The model; made at first use."""
-        return make_model(self.shape, self.device, self.dtype, self.attention)
+        model = make_model(self.shape, self.device, self.dtype, self.attention)
+        model.graphs = self.graphs
+        return model
 
     @cached_property
     def block(self) -> TokenBlock:

@@ -1,0 +1,121 @@
+"""One chunk through all layers, and what each layer keeps of memory and chunk.
+
+Shape legend: see `omnimem_train.memory.state`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omnimem_train.choosing import Chooser
+from omnimem_train.memory import positions as rotary_positions
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.memory.state import LayerMemory
+from omnimem_train.models.interface import StreamingModel, Tap
+from omnimem_train.retention import Attended, retention_loss
+from omnimem_train.snapshots import FirstPass, Layers, Undo, narrow
+
+Result = tuple[Layers, Tensor | None]
+
+
+@dataclass(frozen=True)
+class ChunkInputs:
+    """What a chunk is, beside the embeddings of its tokens.
+
+    Attributes:
+        positions: (B, n, 3) of its tokens, moved to where they are in the compressed stream.
+        rope: cos and sin for them, in the form the model's layers take.
+        modality, time_s: (B, n) of its tokens.
+        index: (B, n) int64, their number in the stream.
+        extras: see `TokenBlock`.
+        number: of the chunk in the stream.
+        n_text: text tokens among memory and chunk.
+    """
+
+    positions: Tensor
+    rope: tuple[Tensor, Tensor]
+    modality: Tensor
+    time_s: Tensor
+    index: Tensor
+    extras: dict[str, Tensor]
+    number: int
+    n_text: int
+
+
+class ChunkPass:
+    """Runs chunks through the layers of a model.
+
+    Args:
+        model: the decoder to run.
+        spec: how memory is compressed.
+        chooser: what chooses by it.
+        attended: what the questions will look at; with it a pass gives retention losses.
+    """
+
+    def __init__(self, model: StreamingModel, spec: MemorySpec, chooser: Chooser, attended: Attended | None) -> None:
+        self.model, self.spec, self.chooser, self.attended = model, spec, chooser, attended
+
+    def run(
+        self, layers: Layers, embeds: Tensor, chunk: ChunkInputs, first: FirstPass, stop_layer: int | None = None
+    ) -> Result:
+        """All layers on one chunk: what they keep, and the sum of their retention losses.
+
+        Args:
+            layers: their memories.
+            embeds: (B, n, E).
+            chunk: what else is known of it.
+            first: empty on the first pass, which fills it, and full on a recomputation, which must not select anew
+                (rounding could tip a tie).
+            stop_layer: layers from here on have no gradient; None for all with.
+        """
+        hidden, kept, lost = embeds, [], list[Tensor]()
+        first_pass = not first.rows
+        for layer, memory in enumerate(layers):
+            stopped = stop_layer is not None and layer >= stop_layer
+            with torch.no_grad() if stopped else nullcontext():
+                tap = Tap(memory if memory.n_tokens else None)
+                layer_input = hidden if memory.hidden is not None else None
+                hidden = self.model.run_layer(layer, hidden, chunk.rope, tap, chunk.extras)
+                tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
+                if first_pass:
+                    assert tap.queries is not None
+                    tokens = self._choose(layer, tokens, tap.queries, chunk, first, memory.n_tokens)
+                chosen = first.rows[layer]
+                if self.attended is not None and chosen is not None and self.model.importance_head is not None:
+                    head = self.model.importance_head[layer]
+                    lost.append(retention_loss(tokens, head, self.attended.layers[layer]))
+                kept.append(self._keep(tokens, None if chosen is None else chosen.long()))
+        return tuple(kept), torch.stack(lost).sum() if lost else None
+
+    def _choose(
+        self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: ChunkInputs, first: FirstPass, n_before: int
+    ) -> LayerMemory:
+        """Note in `first` which candidates stay; the candidates, with what was measured of them."""
+        rows, evidence = self.chooser.choose(layer, tokens, queries, chunk.number, chunk.n_text)
+        first.rows.append(None if rows is None else narrow(rows, tokens.n_tokens))
+        if first.notes:
+            first.undo.append(Undo.of(tokens, n_before, first.rows[layer]))
+        return tokens if evidence is None else tokens.with_evidence(evidence)
+
+    def _keep(self, tokens: LayerMemory, rows: Tensor | None) -> LayerMemory:
+        """The selected tokens, moved together where positions are compact."""
+        if rows is None:
+            return tokens
+        kept = tokens.gather(rows)
+        if self.spec.positions == "compact":
+            kept = rotary_positions.compact(kept, self.model.rotary(), self.spec.max_gap)
+        return kept
+
+
+def _new(tap: Tap, chunk: ChunkInputs, layer_input: Tensor | None, bare: bool) -> LayerMemory:
+    """The tokens of a chunk, fresh from a layer."""
+    assert tap.keys is not None and tap.values is not None
+    if bare:
+        return LayerMemory.bare(tap.keys, tap.values)
+    return LayerMemory.from_chunk(
+        tap.keys, tap.values, chunk.positions, chunk.modality, chunk.time_s, chunk.index, layer_input
+    )

@@ -1,0 +1,190 @@
+"""Chunks whose launches are recorded once and replayed: both passes of a chunk after a full memory.
+
+In a stream with one budget and chunk length every chunk after the first few has the same shapes. Its first pass, and in
+training its second pass with the way back, are each one replay then (`omnimem_train.captured`). What is recorded is
+`ChunkPass` itself, so results are those of the same kernels.
+
+Not recorded, and run as usual: learning with dropout or a retention loss, selectors that wait for the host or read the
+output projection itself, full snapshots in the second pass, gradient of embeddings or extras.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from omnimem_train.captured import Captured, Function, Recordings, Tensors, shapes
+from omnimem_train.chunk import ChunkInputs, ChunkPass, Result
+from omnimem_train.memory.state import LayerMemory
+from omnimem_train.models.interface import StreamingModel
+from omnimem_train.recompute import gradients_of
+from omnimem_train.snapshots import FirstPass, Layers, Undo
+
+FIELDS = len(fields(LayerMemory))
+_RECORDINGS: WeakKeyDictionary[StreamingModel, tuple[Recordings, Recordings]] = WeakKeyDictionary()
+
+
+class ChunkGraphs:
+    """The recorded passes of a stream's chunks, shared by all streams of a model.
+
+    Args:
+        passes: what is recorded.
+    """
+
+    def __init__(self, passes: ChunkPass) -> None:
+        self.passes = passes
+        model = passes.model
+        self.first, self.second = _RECORDINGS.setdefault(model, (Recordings(), Recordings()))
+        self._stands = _standing(model)
+        selector = passes.chooser.selector
+        self._can = (
+            passes.attended is None
+            and selector.records
+            and not ("output_weight" in selector.needs and "output_gram" not in selector.needs)
+            and not passes.spec.unlimited
+        )
+        self._draws = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in model.module.modules())
+        self._setting = (passes.spec.fingerprint(), model.module.training, self._stands)
+
+    # First pass ------------------------------------------------------------------------------------------------------
+
+    def run(self, layers: Layers, embeds: Tensor, chunk: ChunkInputs, first: FirstPass) -> Result | None:
+        """`ChunkPass.run`, the first time and without gradient; None where it is not recorded."""
+        if not self._can or torch.is_grad_enabled() or (self._draws and first.notes):
+            return None
+        given = [embeds, *_of_chunk(chunk), *self._grams(), *_of_layers(layers)]
+        key = (self._setting, chunk.n_text, first.notes, tuple(chunk.extras), shapes(given))
+        shape = Shape(chunk, [memory.n_tokens for memory in layers], len(self._grams()), first.notes)
+        recorded = self._recorded(self.first, key, lambda inputs: shape.first(self.passes, inputs), given)
+        return None if recorded is None else shape.result(recorded(given), first)
+
+    # Second pass -----------------------------------------------------------------------------------------------------
+
+    def back(
+        self,
+        layers: Layers,
+        embeds: Tensor,
+        chunk: ChunkInputs,
+        first: FirstPass,
+        stop_layer: int,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None] | None:
+        """Gradients as `recompute.gradients_of` gives them; None where that is not recorded."""
+        rows = first.rows
+        steady = all(r is not None and r.shape[-1] == m.n_tokens for r, m in zip(rows, layers, strict=True))
+        if not self._can or self._draws or not first.notes or needed[0] or not steady or chunk.extras:
+            return None
+        memory = [t for m in layers for t in (m.keys, m.values)]
+        wanted = [t.requires_grad for t in memory]
+        given = [embeds, *_of_chunk(chunk), *rows, *memory, *grads]
+        key = (self._setting, stop_layer, tuple(wanted), tuple(needed), shapes(given))
+        n_layers = len(layers)
+
+        def function(inputs: Tensors) -> Tensors:
+            held = iter(inputs)
+            again, known = _chunk_from(chunk, next(held), held)
+            noted = FirstPass(True, [_given(next(held)) for _ in range(n_layers)])
+            data = [_given(next(held)).detach().requires_grad_(flag) for flag in wanted]
+            bare = tuple(LayerMemory.bare(*data[2 * i : 2 * i + 2]) for i in range(n_layers))
+            with torch.enable_grad():
+                kept, more = self.passes.run(bare, again, known, noted, stop_layer)
+            return gradients_of(kept, more, [again, *data, *weights], list(held), needed)
+
+        recorded = self._recorded(self.second, key, function, given)
+        return None if recorded is None else recorded(given)
+
+    def _recorded(
+        self, among: Recordings, key: Hashable, function: Function, given: Sequence[Tensor | None]
+    ) -> Captured | None:
+        """What is recorded under `key`, or is now; None to run as usual."""
+        try:
+            return among.get(key, function, given)
+        except Exception as error:  # of many kinds, from CUDA; running as usual remains
+            among.failed = str(error)
+            warnings.warn(f"chunks are run launch by launch, recording them failed: {error}", stacklevel=2)
+            return None
+
+    def _grams(self) -> list[Tensor]:
+        """Gram matrices of the output projections, which differ from stream to stream."""
+        chooser = self.passes.chooser
+        if "output_gram" not in chooser.selector.needs:
+            return []
+        return [chooser.gram(layer) for layer in range(self.passes.model.n_layers)]
+
+
+class Shape:
+    """How the inputs and outputs of a recorded first pass are laid out in one list.
+
+    Args:
+        chunk: gives what is no tensor.
+        n_before: tokens of each layer's memory before the chunk.
+        n_grams: Gram matrices that are given.
+        notes: whether the way back is noted.
+    """
+
+    def __init__(self, chunk: ChunkInputs, n_before: list[int], n_grams: int, notes: bool) -> None:
+        self.chunk, self.n_before, self.n_grams, self.notes = chunk, n_before, n_grams, notes
+
+    def first(self, passes: ChunkPass, inputs: Tensors) -> Tensors:
+        """What is recorded."""
+        held = iter(inputs)
+        embeds, chunk = _chunk_from(self.chunk, next(held), held)
+        passes.chooser.hold([_given(next(held)) for _ in range(self.n_grams)])
+        layers = self._layers(held)
+        first = FirstPass(self.notes)
+        kept, _ = passes.run(layers, embeds, chunk, first)
+        undo = [t for u in first.undo for t in (u.gone, u.keys, u.values)]
+        return [*_of_layers(kept), *first.rows, *undo]
+
+    def result(self, found: Tensors, first: FirstPass) -> Result:
+        """What a pass gives, from what the recording gave; `first` is filled."""
+        held = iter(found)
+        kept = self._layers(held)
+        first.rows = [next(held) for _ in self.n_before]
+        if self.notes:
+            places = zip(self.n_before, first.rows, strict=True)
+            first.undo = [Undo(n, row, next(held), next(held), next(held)) for n, row in places]
+        return kept, None
+
+    def _layers(self, held: Iterator[Tensor | None]) -> Layers:
+        return tuple(LayerMemory.from_tensors([next(held) for _ in range(FIELDS)]) for _ in self.n_before)
+
+
+def _of_chunk(chunk: ChunkInputs) -> list[Tensor]:
+    """The tensors of a chunk in a fixed order."""
+    return [chunk.positions, *chunk.rope, chunk.modality, chunk.time_s, chunk.index, *chunk.extras.values()]
+
+
+def _chunk_from(like: ChunkInputs, embeds: Tensor | None, held: Iterator[Tensor | None]) -> tuple[Tensor, ChunkInputs]:
+    """Embeddings and a chunk like `like` of the next tensors in `held`."""
+    positions, cos, sin, modality, time_s, index = (_given(next(held)) for _ in range(6))
+    extras = {name: _given(next(held)) for name in like.extras}
+    found = replace(
+        like, positions=positions, rope=(cos, sin), modality=modality, time_s=time_s, index=index, extras=extras
+    )
+    return _given(embeds), found
+
+
+def _of_layers(layers: Layers) -> list[Tensor | None]:
+    return [t for memory in layers for t in memory.tensors()]
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
+def _standing(model: StreamingModel) -> Hashable:
+    """Where the weights are, and which adapters are at work: a recording holds as long as both stay."""
+    places = tuple(p.data_ptr() for p in model.module.parameters())
+    adapted: Any = [m for m in model.module.modules() if hasattr(m, "lora_A") and hasattr(m, "active_adapters")]
+    at_work = {(m.disable_adapters, m.merged, tuple(m.active_adapters)) for m in adapted}
+    return places, frozenset(at_work)

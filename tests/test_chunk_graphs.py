@@ -1,0 +1,203 @@
+"""Recorded chunks give what chunks run launch by launch give, and are used where they may be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from toy import ToyModel, toy_question, toy_stream
+
+from omnimem_train import chunk_graphs
+from omnimem_train.captured import Captured, Recordings, copy_all
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.interface import TokenBlock
+from omnimem_train.streaming import Gradient, Stream, StreamState
+
+SPEC = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
+ALL = Gradient("all")
+
+
+def tensors(state: StreamState) -> list[Tensor]:
+    return [t for memory in state.layers for t in memory.tensors() if t is not None]
+
+
+def loss_of(model: ToyModel, media: TokenBlock, gradient: Gradient, spec: MemorySpec) -> tuple[Tensor, StreamState]:
+    stream = Stream(model, spec, gradient, media.n)
+    state = stream.start()
+    early = stream.feed(state, media[:40])
+    state = stream.flush(stream.feed(early, media[40:]))
+    asked = [stream.ask(s, [toy_question(4, 60 + i, seed=i)]) for i, s in enumerate((early, state))]
+    return torch.stack([model.logits(h).log_softmax(-1)[..., 3].sum() for h in asked]).sum(), state
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes every use of a recording."""
+    used: list[str] = []
+    call = Captured.__call__
+
+    def noted(self: Captured, inputs: list[Tensor | None]) -> list[Tensor | None]:
+        used.append("second" if "back" in self._function.__qualname__ else "first")
+        return call(self, inputs)
+
+    monkeypatch.setattr(Captured, "__call__", noted)
+    return used
+
+
+@pytest.mark.parametrize("selector", ["perturbation", "omnimem", "sliding_window", "snapkv", "observed_attention"])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+def test_prefill(selector: str, positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, media, found = replace(SPEC, selector=selector, positions=positions), toy_stream(120), []
+    used = counted(monkeypatch)
+    for graphs in (False, True):
+        model = ToyModel()
+        model.graphs = graphs
+        stream = Stream(model, spec)
+        found.append(stream.flush(stream.feed(stream.start(), media)))
+    assert used.count("first") >= 10, "chunks were not recorded"
+    for plain, recorded in zip(*(tensors(s) for s in found), strict=True):
+        assert torch.equal(plain, recorded)
+
+
+@pytest.mark.parametrize("gradient", [ALL, Gradient("last", chunks=6), Gradient("stop_layer", layer=1)], ids=str)
+def test_step(gradient: Gradient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, with other weights in the second: recordings read weights where they are."""
+    used, found = counted(monkeypatch), []
+    for graphs in (False, True):
+        model, losses = ToyModel(), []
+        model.graphs = graphs
+        weights = list(model.module.parameters())
+        for seed in (0, 1):
+            loss, _ = loss_of(model, toy_stream(120, seed=seed), gradient, SPEC)
+            loss.backward()
+            losses.append(loss.detach())
+            with torch.no_grad():
+                for p in weights:
+                    if p.grad is not None:
+                        p -= 0.01 * p.grad
+        found.append([*losses, *[p.detach() for p in weights], *[p.grad for p in weights if p.grad is not None]])
+    assert used.count("first") > 12
+    assert used.count("second") > (0 if gradient.kind == "last" else 12)
+    for plain, recorded in zip(*found, strict=True):
+        torch.testing.assert_close(recorded, plain, rtol=0, atol=1e-12)
+
+
+def test_states_stay_as_they_are() -> None:
+    """A state of earlier is not overwritten by later chunks."""
+    model, media = ToyModel(), toy_stream(150)
+    model.graphs = True
+    stream = Stream(model, SPEC)
+    state = stream.feed(stream.start(), media[:70])
+    before = [t.clone() for t in tensors(state)]
+    later = stream.feed(state, media[70:])
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(state), strict=True))
+    again = stream.feed(state, media[70:])
+    assert all(torch.equal(a, b) for a, b in zip(tensors(later), tensors(again), strict=True))
+
+
+@pytest.mark.parametrize("selector", ["random", "infinipot_v", "critical_kv"])
+def test_left_alone(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules that draw, wait for the host or read the output projection are run as usual."""
+    used = counted(monkeypatch)
+    model = ToyModel()
+    model.graphs = True
+    loss_of(model, toy_stream(120), ALL, replace(SPEC, selector=selector))
+    assert "first" not in used
+
+
+def test_dropout_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = counted(monkeypatch)
+    model = ToyModel()
+    model.graphs = True
+    model.module.dropout = torch.nn.Dropout(0.1)
+    loss_of(model, toy_stream(120), ALL, SPEC)[0].backward()
+    assert not used
+
+
+def test_failure_is_said_and_run_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = ToyModel()
+    plain, _ = loss_of(model, toy_stream(120), ALL, SPEC)
+    monkeypatch.setattr("omnimem_train.captured.Captured.__init__", broken)
+    model.graphs = True
+    with pytest.warns(UserWarning, match="not permitted") as noted:
+        found, _ = loss_of(model, toy_stream(120), ALL, SPEC)
+    assert torch.equal(found, plain)
+    assert len([w for w in noted if "launch by launch" in str(w.message)]) == 1
+
+
+def test_recordings_are_few_and_rest_before_they_go() -> None:
+    held = Recordings(most=1, seen_first=1, rest=3)
+
+    def double(inputs: list[Tensor | None]) -> list[Tensor | None]:
+        return [None if x is None else 2 * x for x in inputs]
+
+    x = [torch.ones(2), None]
+    assert held.get("a", double, x) is None  # met once
+    a = held.get("a", double, x)
+    assert a is not None
+    assert held.get("b", double, x) is None
+    assert held.get("b", double, x) is None, "a has not rested"
+    assert held.get("a", double, x) is a
+    for _ in range(4):
+        held.get("c", double, x)
+    assert held.get("c", double, x) is not None, "a has rested"
+    result = a([torch.full((2,), 3.0), None])
+    assert torch.equal(result[0], torch.full((2,), 6.0))  # type: ignore[arg-type]
+    assert result[1] is None
+
+
+def test_copies_of_many_kinds() -> None:
+    sources = [torch.arange(3), torch.rand(2, 2), torch.ones(1, dtype=torch.bool), torch.rand(4)]
+    targets = [torch.zeros_like(s) for s in sources]
+    copy_all(targets, sources)
+    assert all(torch.equal(a, b) for a, b in zip(targets, sources, strict=True))
+
+
+def test_moved_weights_are_noticed() -> None:
+    model = ToyModel()
+    before = chunk_graphs._standing(model)
+    assert chunk_graphs._standing(model) == before
+    weight = model.module.layers[0].q.weight
+    weight.data = weight.data.clone()
+    assert chunk_graphs._standing(model) != before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "split"])
+def test_on_a_gpu(nano_folder: Path, attention: str) -> None:
+    """Recorded launches of a stock decoder: same memories, losses and gradients, over steps with other weights."""
+    from omnimem_train.models.loading import load_model
+    from omnimem_train.models.lora import LoraSettings, add_lora, lora_parameters
+
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = load_model(nano_folder, dtype="bfloat16", device="cuda", attention=attention, graphs=graphs)
+        add_lora(model, LoraSettings(r=4))
+        weights = [p for _, p in lora_parameters(model)]
+        for p in weights:
+            torch.nn.init.normal_(p, std=0.05)
+        optimizer, kept = torch.optim.SGD(weights, lr=0.1), []
+        for seed in (0, 1):
+            generator = torch.Generator().manual_seed(seed)
+            media = toy_stream(640, dtype=torch.bfloat16)
+            embeds = torch.randn(1, 640, model.hidden_size, generator=generator)
+            media = TokenBlock(*[x.cuda() for x in (embeds.bfloat16(), media.positions, media.modality, media.time_s)])
+            stream = Stream(model, MemorySpec(budget=64, chunk_tokens=32), ALL, media.n)
+            state = stream.flush(stream.feed(stream.start(), media))
+            hidden = stream.ask(state, [media[:5]])
+            loss = model.logits(hidden).float().log_softmax(-1)[..., 3].mean()
+            loss.backward()
+            kept += [loss.detach(), *tensors(state), *[p.grad.clone() for p in weights if p.grad is not None]]
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(kept)
+        if graphs:
+            assert all(r._held and not r.failed for r in chunk_graphs._RECORDINGS[model])
+    for plain, recorded in zip(*found, strict=True):
+        torch.testing.assert_close(recorded, plain, rtol=0.02, atol=1e-3)
