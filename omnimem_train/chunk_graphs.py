@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -94,9 +95,9 @@ class ChunkGraphs:
             noted = FirstPass(True, [_given(next(held)) for _ in range(n_layers)])
             data = [_given(next(held)).detach().requires_grad_(flag) for flag in wanted]
             bare = tuple(LayerMemory.bare(*data[2 * i : 2 * i + 2]) for i in range(n_layers))
-            with torch.enable_grad():
+            with torch.enable_grad(), own_leaves(self.passes.model.module, weights) as leaves:
                 kept, more = self.passes.run(bare, again, known, noted, stop_layer)
-            return gradients_of(kept, more, [again, *data, *weights], list(held), needed)
+                return gradients_of(kept, more, [again, *data, *leaves], list(held), needed)
 
         recorded = self._recorded(self.second, key, function, given)
         return None if recorded is None else recorded(given)
@@ -156,6 +157,24 @@ class Shape:
 
     def _layers(self, held: Iterator[Tensor | None]) -> Layers:
         return tuple(LayerMemory.from_tensors([next(held) for _ in range(FIELDS)]) for _ in self.n_before)
+
+
+@contextmanager
+def own_leaves(module: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[nn.Parameter]]:
+    """Inside, the parameters `weights` of `module` are others that share their memory.
+
+    A parameter in a graph is tied to the stream on which that graph was made. A recording has a stream of its own, and
+    must not wait for another.
+    """
+    new = {id(w): nn.Parameter(w.detach()) for w in weights}
+    owners = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None and id(p) in new]
+    try:
+        for owner, name, parameter in owners:
+            owner._parameters[name] = new[id(parameter)]
+        yield [new[id(w)] for w in weights]
+    finally:
+        for owner, name, parameter in owners:
+            owner._parameters[name] = parameter
 
 
 def _of_chunk(chunk: ChunkInputs) -> list[Tensor]:

@@ -168,6 +168,7 @@ def test_moved_weights_are_noticed() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention", ["sdpa", "split"])
 def test_on_a_gpu(nano_folder: Path, attention: str) -> None:
     """Recorded launches of a stock decoder: same memories, losses and gradients, over steps with other weights."""

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from cases import Bench, clear, encoded, with_lora
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from omnimem_train.losses import LossConfig
@@ -130,7 +131,8 @@ def profile_step(bench: Bench) -> None:
         bench.clock.synchronise()
     averages = found.key_averages()
     if bench.device.type == "cuda":
-        bench.add("short_step.kernels", [sum(e.self_device_time_total for e in averages) / 1e6])
+        kernels = [e for e in averages if e.device_type == DeviceType.CUDA]
+        bench.add("short_step.kernels", [sum(e.self_device_time_total for e in kernels) / 1e6])
     order = "self_cuda_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
     table = averages.table(sort_by=order, row_limit=70, max_name_column_width=90)
     path = bench.results.path.with_name(f"profile_step{bench.suffix}.txt")
