@@ -79,7 +79,10 @@ class ChunkPass:
             with torch.no_grad() if stopped else nullcontext():
                 tap = Tap(memory if memory.n_tokens else None)
                 layer_input = hidden if memory.hidden is not None else None
-                hidden = self.model.run_layer(layer, hidden, chunk.rope, tap, chunk.extras)
+                if layer + 1 < len(layers):
+                    hidden = self.model.run_layer(layer, hidden, chunk.rope, tap, chunk.extras)
+                else:  # nothing of a stream's tokens is read after their last keys and values
+                    self.model.run_states(layer, hidden, chunk.rope, tap, chunk.extras)
                 tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
                 if first_pass:
                     assert tap.queries is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -362,3 +363,18 @@ def test_a_compact_stream_goes_on_right_after_what_was_kept() -> None:
             old = media.positions[0][m.index[0]]
             picture = m.modality[0] == VISUAL
             assert torch.equal(m.positions[0][picture][:, 1:], old[picture][:, 1:]), "rows and columns stay"
+
+
+def test_what_nobody_reads_is_not_computed(nano: Any) -> None:
+    """The MLP of the last layer runs for questions alone."""
+    calls = list[int]()
+    for layer in (nano.n_layers - 2, nano.n_layers - 1):
+        block = nano.module.get_submodule(f"{nano.language_prefix()}{layer}")
+        block.mlp.register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+    media = toy_stream(60, dtype=torch.float32)
+    media = replace(media, embeds=torch.randn(1, 60, nano.hidden_size))
+    stream = Stream(nano, MemorySpec(budget=16, chunk_tokens=20))
+    state = stream.flush(stream.feed(stream.start(), media))
+    assert calls == [nano.n_layers - 2] * 3
+    stream.ask(state, [media[:4]])
+    assert calls[-1] == nano.n_layers - 1

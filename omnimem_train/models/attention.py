@@ -68,6 +68,8 @@ def attend(
             key = torch.cat([tap.memory.keys, key], dim=2)
             value = torch.cat([tap.memory.values, value], dim=2)
         tap.joined = key, value
+        if tap.states_only:
+            return query.transpose(1, 2).contiguous(), None  # of the right shape, and read by nobody
         if tap.mask is not None:
             n_memory = key.shape[2] - query.shape[2]
             mask = torch.nn.functional.pad(tap.mask, (n_memory, 0), value=True)

@@ -36,6 +36,8 @@ class StockDecoder:
         UserError: the decoder uses a sliding window, which a memory between chunks does not support.
     """
 
+    graphs: bool = False  # see `StreamingModel`
+
     def __init__(self, module: nn.Module, text: nn.Module, head: nn.Module, attention: str = "sdpa") -> None:
         self.module, self.attention = module, attention
         self._text = cast(Any, text)
@@ -94,20 +96,24 @@ class StockDecoder:
                 cause="it silently drops caches; streams checkpoint whole chunks instead",
                 remedy="call gradient_checkpointing_disable() on the model",
             )
-        out = block(
-            hidden,
-            attention_mask=None,
-            position_embeddings=rope,
-            past_key_values=None,
-            use_cache=False,
-            tap=tap,
-            kernel=self.attention,
-        )
+        out = block(hidden, **self._of_attention(rope, tap))
         out = out[0] if isinstance(out, tuple) else out
         features = extras.get(DEEPSTACK)
         if features is None or layer >= features.shape[2]:
             return out
         return out + features[:, :, layer].to(out.dtype)
+
+    def run_states(
+        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], tap: Tap, extras: Mapping[str, Tensor]
+    ) -> None:
+        """Norm and projections of a layer; neither its attention nor its MLP is computed."""
+        block, tap.states_only = self._text.layers[layer], True
+        block.self_attn(hidden_states=block.input_layernorm(hidden), **self._of_attention(rope, tap))
+
+    def _of_attention(self, rope: tuple[Tensor, Tensor], tap: Tap) -> dict[str, Any]:
+        """What layers hand through to the attention call."""
+        given = {"attention_mask": None, "position_embeddings": rope, "past_key_values": None, "use_cache": False}
+        return given | {"tap": tap, "kernel": self.attention}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and output matrix: (..., E) -> (..., vocabulary)."""

@@ -140,12 +140,14 @@ class Tap:
     Attributes:
         memory: what the layer remembers, or None for nothing; every new token sees all of it.
         mask: (N, N) bool, which new tokens see which; None for causal.
+        states_only: True where nothing reads the attention's result: the call sets the rest and computes none.
         queries, keys, values: set by the attention call: (B, H, n, D), (B, G, n, D), (B, G, n, D), rotated.
         joined: keys and values of memory and new tokens, (B, G, S, D) each, if the attention call puts them together.
     """
 
     memory: LayerMemory | None = None
     mask: Tensor | None = None
+    states_only: bool = False
     queries: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -257,6 +259,12 @@ class StreamingModel(ABC):
         self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], tap: Tap, extras: Mapping[str, Tensor]
     ) -> Tensor:
         """One decoder layer on (B, n, E); attention goes through `tap`."""
+
+    def run_states(
+        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], tap: Tap, extras: Mapping[str, Tensor]
+    ) -> None:
+        """Fill `tap` as `run_layer` does, for a layer whose output nobody reads: the last, on a chunk of a stream."""
+        self.run_layer(layer, hidden, rope, tap, extras)
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
