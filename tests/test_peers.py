@@ -103,6 +103,12 @@ def test_shares_of_kept_sets(peers: Any) -> None:
         peers.shared(one, one[..., :3])
 
 
+def test_options_have_to_be_the_same(peers: Any) -> None:
+    """Ours may have more, theirs may not."""
+    assert peers.different_options({"a": 1, "b": 2}, {"a": 1}) == []
+    assert peers.different_options({"a": 1}, {"a": 1, "b": None}) == ["b=None there, None here"]
+
+
 def two_sides(tensors: Any) -> tuple[Any, Any]:
     """Sides that agree on snapkv by three quarters, differ in an option of lagkv, and failed at key_difference."""
     rows = torch.arange(4).view(1, 1, 4)
