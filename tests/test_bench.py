@@ -52,12 +52,52 @@ def test_a_run_adds_to_what_was_measured(tmp_path: Path) -> None:
     assert "unknown cases: pek" in run(tmp_path, "--cases", "pek").stderr
 
 
-def bench_table() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_table", ROOT / "scripts" / "bench" / "table.py")
+def bench_module(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "scripts" / "bench" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def bench_table() -> Any:
+    return bench_module("table")
+
+
+def test_two_processes_write_into_one_file(tmp_path: Path) -> None:
+    """Each keeps what the other has written since it looked."""
+    measure, path = bench_module("measure"), tmp_path / "new" / "results.json"
+    one, other = (measure.Results(path, {"device": name}) for name in ("one", "other"))
+    one.add("first", 1.0, "s")
+    other.add("second", 2.0, "s")
+    one.add("third", 3.0, "s", spread=(2.0, 4.0))
+    other.add("first", 5.0, "ms")
+    found = {row["name"]: (row["value"], row["versions"]["device"]) for row in json.loads(path.read_text())}
+    assert found == {"first": (5.0, "other"), "second": (2.0, "other"), "third": (3.0, "one")}
+    assert one.value("first") == 1.0 and other.value("third") == 3.0
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+def test_files_of_results_are_merged(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("results.json", "two.json", "three.json")]
+    measure = bench_module("measure")
+    for path, names in zip(paths, (["a", "b"], ["b", "c"], ["c"]), strict=True):
+        results = measure.Results(path, {"device": path.stem})
+        for name in names:
+            results.add(name, 1.0, "s")
+    command = [sys.executable, str(BENCH.with_name("measure.py")), *map(str, paths)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("3 rows\n")
+    found = [(row["name"], row["versions"]["device"]) for row in json.loads(paths[0].read_text())]
+    assert found == [("a", "results"), ("b", "two"), ("c", "three")]
+    before = paths[0].read_text()
+    paths[1].write_text('[{"name": "no row"}]')
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "not a row of results" in done.stderr
+    paths[1].unlink()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "no such file" in done.stderr and "two.json" in done.stderr
+    assert paths[0].read_text() == before
 
 
 def test_the_readme_shows_the_results_as_they_are() -> None:

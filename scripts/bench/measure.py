@@ -1,10 +1,12 @@
-"""Timing, and the file of results."""
+"""Timing, and the file of results: measure.py RESULTS.json MORE.json ... adds the rows of other files to the first."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import time
@@ -31,20 +33,52 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
+Row = dict[str, Any]
+COLUMNS = frozenset({"name", "value", "unit", "goal", "better", "spread", "versions", "note"})
+
+
+def merged(rows: list[Row], more: list[Row]) -> list[Row]:
+    """`rows` with `more` behind them; a row with the name of an earlier one takes that one's place in the file.
+
+    Every row tells its own versions and device, so runs of several processes, days and machines can share a file; who
+    makes a table of them checks that they belong together.
+
+    Raises:
+        ValueError: something that is no row of results.
+    """
+    for row in [*rows, *more]:
+        if not isinstance(row, dict) or set(row) != COLUMNS:
+            raise ValueError(f"not a row of results: {str(row)[:80]}")
+    return list(({row["name"]: row for row in rows} | {row["name"]: row for row in more}).values())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; none if it does not exist."""
+    return merged([], json.loads(path.read_text())) if path.is_file() else []
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a file of results as a whole: a process that is killed leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(rows, indent=1) + "\n")
+    beside.replace(path)
+
+
 @dataclass
 class Results:
     """Measurements, written to `path` as they come: what a run that is cut off has measured is kept.
 
-    A result of an earlier run with the same name is replaced, others stay.
+    A result of an earlier run with the same name is replaced, others stay, also those that another process has written
+    to the file in the meantime.
     """
 
     path: Path
     versions: dict[str, str]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.path.is_file():
-            self.rows = json.loads(self.path.read_text())
+        self.rows = read_rows(self.path)
 
     def add(
         self,
@@ -75,9 +109,8 @@ class Results:
             "versions": self.versions,
             "note": note,
         }
-        self.rows = [r for r in self.rows if r["name"] != name] + [row]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        self.rows = merged(read_rows(self.path), [row])
+        write_rows(self.path, self.rows)
         print(line(row), flush=True)
 
     def value(self, name: str) -> float | None:
@@ -89,7 +122,7 @@ class Results:
         return "\n".join(line(row) for row in self.rows)
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A result in one line."""
     value = "-" if row["value"] is None else f"{row['value']:.4g}"
     goal = "" if row["goal"] is None else f"goal {row['goal']:g}"
@@ -148,3 +181,23 @@ class Clock:
 def median_and_spread(samples: list[float]) -> tuple[float, tuple[float, float]]:
     """Median, and smallest and largest."""
     return statistics.median(samples), (min(samples), max(samples))
+
+
+def main() -> None:
+    """Merge files, last one wins."""
+    parser = argparse.ArgumentParser(description="Adds the rows of result files to the first; same names are replaced.")
+    parser.add_argument("into", type=Path, help="results.json to add to")
+    parser.add_argument("more", type=Path, nargs="+")
+    given = parser.parse_args()
+    missing = [str(path) for path in given.more if not path.is_file()]
+    if missing:
+        raise SystemExit(f"no such file: {', '.join(missing)}")
+    rows = read_rows(given.into)
+    for path in given.more:
+        rows = merged(rows, read_rows(path))
+    write_rows(given.into, rows)
+    print(f"{given.into}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
