@@ -49,16 +49,18 @@ class Attempt:
         return Tune(0, arm, seed, self.form(arm), (self.form(arm),), scale, study)
 
     def tried(self) -> list[Any]:
-        """Every combination and the untouched base, on validation clips; long trainings first."""
+        """The untouched base and every combination, on validation clips; long trainings first."""
         arms = sorted(COMBINATIONS, key=lambda arm: -COMBINATIONS[arm].times)
         jobs: list[Any] = [self.tune(arm, 0, "val", SMALLEST, ON_VALIDATION) for arm in arms]
-        return [*jobs, Answers(ON_VALIDATION, 0, "val", at([self.best], SMALLEST), full=True)]
+        base = Answers(ON_VALIDATION, 0, "val", at([self.best], SMALLEST), full=True, dtype=self.scale.dtype)
+        return [base, *jobs]
 
     def tested(self, chosen: str) -> list[Any]:
         """The chosen combination and its controls, on the test clips; the adapter of seed 0 is there already."""
         arm = arm_of(chosen)
         forms = at([self.form(chosen)], ASKED)
-        first = Answers(ON_TEST, 0, "test", forms, full=True, arm=chosen, seed=0, trained=self.scale)
+        options: dict[str, Any] = {"dtype": self.scale.dtype, "trained": self.scale}
+        first = Answers(ON_TEST, 0, "test", forms, full=True, arm=chosen, seed=0, **options)
         names = [chosen]
         names += [equal_name(control, arm.times, arm.lr) for control in EQUAL]
         if arm.lr != USUAL_LR:
@@ -72,16 +74,17 @@ def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None
 
     A job that failed is begun a second time once the others are done: memory of the card may have been short.
     """
-    begun = time.perf_counter()
+    begun, lost = time.perf_counter(), list[str]()
     try:
-        for part in (attempt.tried(), None):
-            if part is None:
-                part = tests_of_chosen(context, attempt)
+        for jobs_of in (attempt.tried, lambda: tests_of_chosen(context, attempt)):
+            part = jobs_of()
             jobs.run(part)
             if jobs.failed and time.perf_counter() < jobs.until:
                 print(f"again: {len(jobs.failed)} jobs", flush=True)
                 jobs.failed.clear()
                 jobs.run(part)
+            lost += jobs.failed
+            jobs.failed.clear()
             merge(context.work, context.results)
             print(f"{time.perf_counter() - begun:.0f} s: a part is done", flush=True)
             if pack is not None:
@@ -91,7 +94,7 @@ def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None
         merge(context.work, context.results)
         if pack is not None:
             pack_up(context, pack)
-    return list(jobs.failed)
+    return lost
 
 
 def tests_of_chosen(context: Context, attempt: Attempt) -> list[Any]:
@@ -112,16 +115,16 @@ def pack_up(context: Context, path: Path) -> None:
     Of the adapters only that of the chosen combination.
     """
     choice = choose_combination(load(context.results))
-    own = [path for name in ("done.json", "identity.json", "parts") if (path := context.work / name).exists()]
+    own = [context.work / name for name in ("done.json", "identity.json", "parts")]
     if choice is not None:
-        own += (context.work / "adapters").glob(f"{adapter_name(0, choice.arm, 0)}")
+        own.append(context.work / "adapters" / adapter_name(0, choice.arm, 0))
     aside = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(aside, "w:gz") as tar:
         for study in (ON_VALIDATION, ON_TEST):
             for file in sorted((context.results / "answers").glob(f"{study}__*")):
                 tar.add(file, f"results/answers/{file.name}")
-        for item in own:
+        for item in filter(Path.exists, own):
             tar.add(item, f"work/{item.relative_to(context.work)}")
     aside.rename(path)
     print(f"packed {path}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
