@@ -81,6 +81,10 @@ class Arm:
         budgets: how they are drawn (`Scale.budgets`).
         gradient, loss: of the loop.
         narrate: also ask for everything in order.
+        drawn: low, high and share of full-cache steps of random budgets; None: those of the scale.
+        one_budget: of "fixed" budgets; None: that of the scale.
+        times: the scale's steps. lr: learning rate.
+        rho, lam, audio: redundancy factor, lambda and share of sound of a learned importance; None: the study's share.
     """
 
     rival: str | None = None
@@ -89,6 +93,42 @@ class Arm:
     gradient: Gradient = ALL
     loss: LossConfig = field(default_factory=LossConfig)
     narrate: bool = False
+    drawn: tuple[int, int, float] | None = None
+    one_budget: int | None = None
+    times: int = 1
+    lr: float = 5e-4
+    rho: bool = False
+    lam: float = 0.3
+    audio: float | None = None
+
+    @property
+    def retention(self) -> float:
+        """Weight of the loss that teaches a learned importance."""
+        return (self.loss.retention or 1.0) * self.learned
+
+    def sampling(self, scale: Scale, seed: int) -> BudgetSampling:
+        """How its budgets are drawn."""
+        found = scale.budgets(self.budgets, seed)
+        if self.drawn is not None and self.budgets == "random":
+            low, high, full_share = self.drawn
+            found = replace(found, low=low, high=high, full_share=full_share)
+        if self.one_budget is not None and self.budgets == "fixed":
+            found = replace(found, choices=(self.one_budget,))
+        return found
+
+    def told(self, scale: Scale) -> dict[str, Any]:
+        """What a results page says of the training."""
+        budgets = self.sampling(scale, 0)
+        return {
+            "steps": scale.steps * self.times,
+            "lr": self.lr,
+            "answer": self.loss.answer,
+            "distill": self.loss.distill,
+            "learned": self.learned,
+            "retention": self.retention,
+            "budgets": list(budgets.choices) or [budgets.low, budgets.high],
+            "full_share": budgets.full_share,
+        }
 
 
 ARMS: dict[str, Arm] = {
@@ -112,18 +152,79 @@ MAIN_ARMS = ("budget_lora", "budget_lora_plain", *CONTROLS)
 ABLATED = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
 
 
-def configure(arm: str, base: Path, out: Path, loop: Form, scale: Scale, seed: int, lr: float = 5e-4) -> RunConfig:
+# The last attempt at the goal: what single ablations pointed at, combined ---------------------------------------------
+
+LOW, LOWER = (32, 160), (24, 96)  # tokens
+
+
+def combined(
+    distill: float = 0.5, drawn: tuple[int, int] = LOWER, full_share: float = 0.3, times: int = 2, lr: float = 1e-3,
+    learned: bool = True, answer: float = 1.0, **options: Any,
+) -> Arm:  # fmt: skip
+    """A combination."""
+    loss = LossConfig(answer=answer, distill=distill)
+    return Arm(None, learned, "random", ALL, loss, drawn=(*drawn, full_share), times=times, lr=lr, **options)
+
+
+COMBINATIONS: dict[str, Arm] = {
+    "c01_center": combined(),
+    "c02_without_distill": combined(distill=0.0),
+    "c03_distill1": combined(distill=1.0),
+    "c04_distill_alone": combined(distill=1.0, answer=0.0),
+    "c05_low": combined(drawn=LOW),
+    "c06_full_share_015": combined(full_share=0.15),
+    "c07_lr5": combined(lr=5e-4),
+    "c08_lr20": combined(lr=2e-3),
+    "c09_100_steps": combined(times=1),
+    "c10_rho": combined(rho=True),
+    "c11_without_learned": combined(learned=False),
+    "c12_lam1": combined(lam=1.0),
+    "c13_audio03": combined(audio=0.3),
+    "c14_audio04_distill1_lr5": combined(distill=1.0, lr=5e-4, audio=0.4),
+}
+CONTROL_LRS = (5e-4, 1e-3, 2e-3)
+
+
+def equal_name(control: str, times: int, lr: float) -> str:
+    """Name of a control with as many steps and the learning rate of a combination."""
+    return f"{control}_x{times}_lr{round(1e4 * lr)}"
+
+
+EQUAL = {"fixed_74": Arm(budgets="fixed", one_budget=BUDGETS[-2]),
+         "fixed_49": Arm(budgets="fixed", one_budget=BUDGETS[-1]),
+         "full": Arm(budgets="full")}  # fmt: skip
+EQUAL_ARMS = {
+    equal_name(name, times, lr): replace(arm, times=times, lr=lr)
+    for name, arm in EQUAL.items()
+    for times in (1, 2)
+    for lr in CONTROL_LRS
+}
+
+
+def arm_of(name: str) -> Arm:
+    """An arm by its name."""
+    return {**ARMS, **COMBINATIONS, **EQUAL_ARMS}[name]
+
+
+def configure(arm: str, base: Path, out: Path, loop: Form, scale: Scale, seed: int) -> RunConfig:
     """The run of an arm with the method `loop` in it."""
-    a = ARMS[arm]
+    a = arm_of(arm)
     return RunConfig(
         model=ModelConfig(path=str(base), dtype=scale.dtype),
         lora=LoraSettings(r=32, alpha=64.0),
         memory=loop.spec(scale.fixed, scale.chunk),
-        budgets=scale.budgets(a.budgets, seed),
+        budgets=a.sampling(scale, seed),
         gradient=a.gradient,
-        loss=replace(a.loss, retention=float(a.learned)),
+        loss=replace(a.loss, retention=a.retention),
         train=TrainConfig(
-            output=out, steps=scale.steps, lr=lr, warmup_steps=10, seed=seed, log_every=20, keep=1, resume="auto"
+            output=out,
+            steps=scale.steps * a.times,
+            lr=a.lr,
+            warmup_steps=10,
+            seed=seed,
+            log_every=20,
+            keep=1,
+            resume="auto",
         ),
     )
 
@@ -235,5 +336,5 @@ class _from:
 
 def source_for(arm: str, specs: Sequence[ClipSpec], media: Tensor, scale: Scale, seed: int) -> Any:
     """What `omnimem_train.trainer.train` takes as its source."""
-    options: dict[str, Any] = {"size": scale.size, "asks": scale.asks, "narrate": ARMS[arm].narrate, "seed": seed}
+    options: dict[str, Any] = {"size": scale.size, "asks": scale.asks, "narrate": arm_of(arm).narrate, "seed": seed}
     return lambda model: WorldSource(model, specs, media, **options)

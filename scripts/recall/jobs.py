@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_prep.streams import WorldStreams
 from data_prep.world import ClipSpec, WorldSettings, make_clip
+from omnimem_train.errors import UserError
 from omnimem_train.export import export_adapter
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import AUDIO, VISUAL
@@ -27,7 +28,7 @@ from omnimem_train.rng import versions
 from omnimem_train.streaming import Stream, StreamState
 from omnimem_train.trainer import train
 from scripts.recall.asking import FORM, Asker, ClipSet, clip_set
-from scripts.recall.finetune import ABLATED, MINUTE, Scale, configure, source_for
+from scripts.recall.finetune import ABLATED, MINUTE, Scale, arm_of, configure, source_for
 from scripts.recall.methods import CHUNK, FULL, FULL_DESCRIBED, Form
 
 
@@ -114,6 +115,7 @@ class Answers:
         part: number of the part, where one file is measured in several.
         specs: further settings: (name, memory, method), all of one `family`.
         chunk: tokens of a chunk, for the forms.
+        trained: scale of the training, to be noted; None: nothing is noted.
     """
 
     study: str
@@ -129,6 +131,7 @@ class Answers:
     model_name: str = ""
     chunk: int = CHUNK
     family: str = "omnimem"
+    trained: Scale | None = None
 
     @property
     def model(self) -> str:
@@ -184,6 +187,8 @@ def write_part(
         "command": context.command,
         "form": FORM,
     }
+    if job.trained is not None:
+        about["training"] = arm_of(job.arm).told(job.trained)
     if job.study == "sweep":
         about["world"] = {k: getattr(world, k) for k in ("loudness", "copies", "sound_share")}
     stem = folder / f"{job.study}__{job.model}.{job.part:03d}"
@@ -206,7 +211,15 @@ def question_table(clips: ClipSet) -> bytes:
 
 
 def merge(work: Path, results: Path) -> int:
-    """Join the part files into the results folder; the number of files."""
+    """Join the part files into the results folder; the number of files.
+
+    Raises:
+        UserError: the folder holds other questions of the same clip set, which earlier answers are about.
+    """
+    for path in (work / "parts").glob("*.csv.gz"):
+        there = results / "questions" / path.name
+        if there.exists() and gzip.decompress(there.read_bytes()) != gzip.decompress(path.read_bytes()):
+            raise UserError(f"{there} holds other questions than {path}", remedy="name another folder with --results")
     groups: dict[str, list[Path]] = {}
     for path in sorted((work / "parts").glob("*.json")):
         groups.setdefault(path.name.rsplit(".", 2)[0], []).append(path)
@@ -222,7 +235,8 @@ def merge(work: Path, results: Path) -> int:
         (results / "answers" / f"{stem}.json").write_text(json.dumps(whole, indent=1) + "\n")
         np.savez_compressed(results / "answers" / f"{stem}.npz", **arrays)
     for path in (work / "parts").glob("*.csv.gz"):
-        (results / "questions" / path.name).write_bytes(path.read_bytes())
+        if not (results / "questions" / path.name).exists():
+            (results / "questions" / path.name).write_bytes(path.read_bytes())
     return len(groups)
 
 
@@ -246,6 +260,7 @@ class Tune:
     Attributes:
         base, arm, seed: which run. scale: how large.
         loop: the method in the loop. read: what the answers are measured with.
+        study: of the answers; "": that of the arm.
     """
 
     base: int
@@ -254,6 +269,7 @@ class Tune:
     loop: Form
     read: tuple[Form, ...]
     scale: Scale = MINUTE
+    study: str = ""
 
     def run(self, context: Context) -> dict[Any, float]:
         """Train, export, measure."""
@@ -264,8 +280,9 @@ class Tune:
         train(config, source_for(self.arm, pool.specs, pool.media.to(getattr(torch, scale.dtype)), scale, self.seed))
         export_adapter(out, context.work / "adapters" / name, device=context.device)
         forms = tuple((form, budget) for form in self.read for budget in scale.asked)
-        study = "ablation" if self.arm in ABLATED else "finetune"
+        study = self.study or ("ablation" if self.arm in ABLATED else "finetune")
         options: dict[str, Any] = {"full": True, "dtype": scale.dtype, "chunk": scale.chunk}
+        options["trained"] = scale if self.study else None
         return Answers(study, self.base, scale.clip_set, forms, arm=self.arm, seed=self.seed, **options).run(context)
 
 

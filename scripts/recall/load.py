@@ -16,7 +16,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ KINDS = ("colour", "pitch", "together", "order", "count", "when")
 FAMILIES = ("omnimem", "rival", "augmented", "reference")
 HEADER = ["id", "clip", "kind", "answer", "held_out"]
 LETTERS = "ABCD"
-STUDIES = ("main", "tuning", "finetune", "ablation", "sweep", "long", "precision", "modality")
+STUDIES = ("main", "tuning", "finetune", "ablation", "sweep", "long", "precision", "modality", "combination", "attempt")
 AGAIN = "run the study again, or take its files out of the folder"
 
 
@@ -76,7 +76,7 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One file of answers: what it says about itself, and its settings in order."""
+    """One file of answers: what it says about itself, and its settings in order; of some, how the model was trained."""
 
     study: str
     model: str
@@ -90,6 +90,7 @@ class Run:
     versions: Mapping[str, str]
     command: str
     conditions: tuple[Condition, ...]
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +167,7 @@ def _run(stem: Path, questions: Mapping[str, Questions]) -> Run:
         full_tokens, machine, command = float(about["full_tokens"]), str(about["machine"]), str(about["command"])
         versions = {str(k): str(v) for k, v in dict(about["versions"]).items()}
         world = {str(k): float(v) for k, v in dict(about.get("world") or {}).items()}
-        seed = None if seed is None else int(seed)
+        seed, training = None if seed is None else int(seed), dict(about.get("training") or {})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not describe a run", f"missing or not as expected: {error!r}", AGAIN) from error
     if f"{study}__{model}" != stem.name:
@@ -189,7 +190,7 @@ def _run(stem: Path, questions: Mapping[str, Questions]) -> Run:
         own = {"name": name, "predicted": arrays[name], "questions": questions[clip_set], **shared}
         conditions.append(_condition(where, own, setting, full_tokens))
     about_it = (clip_set, full_tokens, world, machine, versions, command)
-    return Run(study, model, base, arm, seed, *about_it, tuple(conditions))
+    return Run(study, model, base, arm, seed, *about_it, tuple(conditions), training)
 
 
 def _condition(where: str, own: Mapping[str, Any], setting: Mapping[str, Any], full_tokens: float) -> Condition:
@@ -266,10 +267,10 @@ def _no_run_twice(runs: tuple[Run, ...]) -> None:
     """One file for a base model's main study, one for a fine-tuned model; in them, each method and budget once."""
     seen: dict[tuple[Any, ...], str] = {}
     for run in runs:
-        if run.study not in ("main", "finetune"):
+        if run.study not in ("main", "finetune", "combination", "attempt"):
             continue
         for c in run.conditions:
-            key = (run.study, run.base, run.arm if run.study == "finetune" else "", run.seed, c.method, c.budget)
+            key = (run.study, run.base, run.arm if run.study != "main" else "", run.seed, c.method, c.budget)
             place = f"answers/{run.study}__{run.model}, setting {c.name!r}"
             if key in seen:
                 cause = f"same base, arm, seed, method and budget as {seen[key]}"

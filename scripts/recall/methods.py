@@ -135,9 +135,10 @@ def other_forms(chosen: Form) -> list[Form]:
     return [form for form in forms if form != chosen]
 
 
-def learned(best: Form) -> Form:
+def learned(best: Form, lam: float = 0.3, rho: bool = False, audio: float | None = None) -> Form:
     """The form with a learned importance that fine-tuning has in the loop: the split of the best training-free form."""
-    return Form(LEARNED, (("lam", 0.3),), allocation=best.allocation if isinstance(best.allocation, float) else 0.5)
+    share = best.allocation if isinstance(best.allocation, float) else 0.5
+    return Form(LEARNED, (("lam", lam),), rho, share if audio is None else audio)
 
 
 def choose(scores: Mapping[Form, float]) -> dict[str, Form]:

@@ -19,12 +19,13 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omnimem_train.errors import UserError
-from scripts.recall.finetune import MAIN_ARMS, SHORT
+from scripts.recall.attempt import Attempt, run_attempt
+from scripts.recall.finetune import MAIN_ARMS, MINUTE, SHORT
 from scripts.recall.jobs import Answers, Context, merge
 from scripts.recall.methods import (
     OPTIONS,
@@ -186,6 +187,19 @@ def run_short(context: Context, workers: int, budget_s: float, seeds: int) -> li
     return jobs.failed
 
 
+def run_last(context: Context, workers: int, budget_s: float, attempt: Attempt, pack: Path | None) -> list[str]:
+    """The last attempt at the goal of fine-tuning, with the method that an earlier tuning chose; what failed."""
+    begun = time.perf_counter()
+    check_work(context)
+    jobs = Queue(context, workers, begun + budget_s)
+    jobs.run([Encode(0, name) for name in ("pool", "val", "test")])
+    if jobs.failed:
+        jobs.close()
+        return jobs.failed
+    print(f"{time.perf_counter() - begun:.0f} s: encoded", flush=True)
+    return run_attempt(context, jobs, attempt, pack)
+
+
 @dataclass(frozen=True)
 class Encode:
     """Encode a clip set with the towers of a base model."""
@@ -209,12 +223,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
     parser.add_argument("--short", action="store_true", help="fine-tuning alone, on clips of 24 s: for a CPU")
+    parser.add_argument("--attempt", action="store_true", help="the last attempt at fine-tuning, on the first base")
+    parser.add_argument("--tuned", type=Path, help="with --attempt: results of the tuning, if not in --results")
+    parser.add_argument("--pack", type=Path, help="with --attempt: everything new in one file, .tar.gz")
+    parser.add_argument("--steps", type=int, default=MINUTE.steps, help="with --attempt: fewer, for a trial")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the clips, for a trial")
     parser.add_argument("--device", default="cuda")
     a = parser.parse_args(argv)
     command = "python -m scripts.recall.study " + " ".join(sys.argv[1:] if argv is None else argv)
     context = Context(a.work, a.results, a.bases, sets(a.scale), command, a.device)
-    failed = (run_short if a.short else run)(context, a.workers, a.budget_s, a.seeds)
+    if a.attempt:
+        size = min(MINUTE.size, context.sets["pool"].n)
+        scale = replace(MINUTE, steps=a.steps, size=size, dtype="bfloat16" if a.device == "cuda" else "float32")
+        attempt = Attempt(Chosen.from_results(a.tuned or a.results).best, scale, a.seeds)
+        failed = run_last(context, a.workers, a.budget_s, attempt, a.pack)
+    else:
+        failed = (run_short if a.short else run)(context, a.workers, a.budget_s, a.seeds)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from omnimem_train.stats import Accuracy, Comparison, accuracy
 from scripts.recall.load import KINDS, Condition, Data
+from scripts.recall.results_attempt import Outcome
 from scripts.recall.results_goals import ALPHA, BARS, Verdict, own_recall, p_value
 from scripts.recall.results_scores import Grid, Group, Rule, Scores, adjusted, grid, rule
 
@@ -17,7 +18,8 @@ BOLD = "Bold: interval and adjusted p both exclude 0; otherwise it is open."
 
 @dataclass(frozen=True)
 class Page:
-    """What the sections are made from. `excluded` gives the reason of each kind that stays out of the headline."""
+    """What the sections are made from. `excluded` gives the reason of each kind that stays out of the headline; `last`
+    is the last attempt at the second goal, if there was one."""
 
     data: Data
     scores: Scores
@@ -26,6 +28,7 @@ class Page:
     first: Verdict
     second: Verdict
     main: Grid
+    last: Outcome | None = None
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:

@@ -1,0 +1,130 @@
+"""The last attempt at the goal of fine-tuning: combinations tried on validation clips, the chosen one on the test.
+
+What is tried is `finetune.COMBINATIONS`, one seed each. Chosen is, by `results_attempt.choose_combination`, what is
+best at the two smallest budgets among those that keep their full-cache accuracy. That one is trained with all seeds
+beside controls of as many steps and the same learning rate, which see full caches or one fixed budget.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scripts.recall.finetune import COMBINATIONS, EQUAL, MINUTE, Scale, arm_of, equal_name
+from scripts.recall.jobs import Answers, Context, Tune, adapter_name, merge
+from scripts.recall.load import load
+from scripts.recall.methods import BUDGETS, Form, learned
+from scripts.recall.phases import at
+from scripts.recall.results_attempt import ON_TEST, ON_VALIDATION, choose_combination
+
+SMALLEST = BUDGETS[-2:]
+USUAL_LR = 5e-4  # of all other fine-tuning
+ASKED = BUDGETS[-3:]  # on the test clips
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Its jobs.
+
+    Attributes:
+        best: the training-free method that reads a memory without learned importance.
+        scale: of the training. seeds: of the chosen combination and the controls.
+    """
+
+    best: Form
+    scale: Scale = MINUTE
+    seeds: int = 3
+
+    def form(self, arm: str) -> Form:
+        """The method in the loop of an arm, which also reads its memory."""
+        own = arm_of(arm)
+        return learned(self.best, own.lam, own.rho, own.audio) if own.learned else self.best
+
+    def tune(self, arm: str, seed: int, clip_set: str, asked: tuple[int, ...], study: str) -> Tune:
+        """A training and its answers."""
+        scale = replace(self.scale, clip_set=clip_set, asked=asked)
+        return Tune(0, arm, seed, self.form(arm), (self.form(arm),), scale, study)
+
+    def tried(self) -> list[Any]:
+        """The untouched base and every combination, on validation clips; long trainings first."""
+        arms = sorted(COMBINATIONS, key=lambda arm: -COMBINATIONS[arm].times)
+        jobs: list[Any] = [self.tune(arm, 0, "val", SMALLEST, ON_VALIDATION) for arm in arms]
+        base = Answers(ON_VALIDATION, 0, "val", at([self.best], SMALLEST), full=True, dtype=self.scale.dtype)
+        return [base, *jobs]
+
+    def tested(self, chosen: str) -> list[Any]:
+        """The chosen combination and its controls, on the test clips; the adapter of seed 0 is there already."""
+        arm = arm_of(chosen)
+        forms = at([self.form(chosen)], ASKED)
+        options: dict[str, Any] = {"dtype": self.scale.dtype, "trained": self.scale}
+        first = Answers(ON_TEST, 0, "test", forms, full=True, arm=chosen, seed=0, **options)
+        names = [chosen]
+        names += [equal_name(control, arm.times, arm.lr) for control in EQUAL]
+        if arm.lr != USUAL_LR:
+            names.append(equal_name("fixed_74", arm.times, USUAL_LR))
+        runs = [(name, seed) for name in names for seed in range(self.seeds) if (name, seed) != (chosen, 0)]
+        return [first, *(self.tune(name, seed, "test", ASKED, ON_TEST) for name, seed in runs)]
+
+
+def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None) -> list[str]:
+    """Try, choose, test; what failed. `jobs` is the study's queue, which ends when this does.
+
+    A job that failed is begun a second time once the others are done: memory of the card may have been short.
+    """
+    begun, lost = time.perf_counter(), list[str]()
+    try:
+        for jobs_of in (attempt.tried, lambda: tests_of_chosen(context, attempt)):
+            part = jobs_of()
+            jobs.run(part)
+            if jobs.failed and time.perf_counter() < jobs.until:
+                print(f"again: {len(jobs.failed)} jobs", flush=True)
+                jobs.failed.clear()
+                jobs.run(part)
+            lost += jobs.failed
+            jobs.failed.clear()
+            merge(context.work, context.results)
+            print(f"{time.perf_counter() - begun:.0f} s: a part is done", flush=True)
+            if pack is not None:
+                pack_up(context, pack)
+    finally:
+        jobs.close()
+        merge(context.work, context.results)
+        if pack is not None:
+            pack_up(context, pack)
+    return lost
+
+
+def tests_of_chosen(context: Context, attempt: Attempt) -> list[Any]:
+    """The jobs that follow from what was found on validation clips; none when nothing was."""
+    choice = choose_combination(load(context.results))
+    if choice is None:
+        return []
+    print(f"chosen: {choice.told()}", flush=True)
+    if not (context.work / "adapters" / adapter_name(0, choice.arm, 0)).exists():
+        print(f"the adapter of {choice.arm} is not in {context.work}: unpack its folder `work` there", flush=True)
+        return attempt.tested(choice.arm)[1:]
+    return attempt.tested(choice.arm)
+
+
+def pack_up(context: Context, path: Path) -> None:
+    """Everything new in one file: `results/` for the folder of results, `work/` for a call that goes on.
+
+    Of the adapters only that of the chosen combination.
+    """
+    choice = choose_combination(load(context.results))
+    own = [context.work / name for name in ("done.json", "identity.json", "parts")]
+    if choice is not None:
+        own.append(context.work / "adapters" / adapter_name(0, choice.arm, 0))
+    aside = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(aside, "w:gz") as tar:
+        for study in (ON_VALIDATION, ON_TEST):
+            for file in sorted((context.results / "answers").glob(f"{study}__*")):
+                tar.add(file, f"results/answers/{file.name}")
+        for item in filter(Path.exists, own):
+            tar.add(item, f"work/{item.relative_to(context.work)}")
+    aside.rename(path)
+    print(f"packed {path}: {path.stat().st_size / 2**20:.1f} MiB", flush=True)
