@@ -232,9 +232,10 @@ class Stream:
         due = self._gradient_due(state, chunk)
         stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
         inputs, first, past = self._inputs(state, chunk), FirstPass(), None
+        steady = state.steady  # what a recomputation holds on to must not hold the memories
 
         def run(layers: Layers, embeds: Tensor) -> Result:
-            if state.steady and self.graphs is not None and not first.rows:
+            if steady and self.graphs is not None and not first.rows:
                 found = self.graphs.run(layers, embeds, inputs, first)
                 if found is not None:
                     return found
@@ -262,9 +263,9 @@ class Stream:
         if lost is not None:
             before_it, n_before = retention or (torch.zeros_like(lost), 0)
             retention = before_it + lost, n_before + n_choices
-        steady = all(new.n_tokens == old.n_tokens for new, old in zip(layers, state.layers, strict=True))
+        same = all(new.n_tokens == old.n_tokens for new, old in zip(layers, state.layers, strict=True))
         n_run, n_chunks = state.n_run + chunk.n, state.n_chunks + 1
-        return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, retention, steady)
+        return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, retention, same)
 
     def _inputs(self, state: StreamState, chunk: TokenBlock) -> ChunkInputs:
         """What a pass over `chunk` after `state` reads beside memories and embeddings."""

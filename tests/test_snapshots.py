@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -154,3 +155,18 @@ def test_rows_of_a_memory_have_gradients() -> None:
         return LayerMemory.bare(x, x * 2).gather(rows).keys ** 2
 
     assert torch.autograd.gradcheck(kept, (x,)) and torch.autograd.gradgradcheck(kept, (x,))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_nothing_else_holds_older_memories(graphs: bool) -> None:
+    """What a chunk leaves for its second pass must not hold the memory it began with."""
+    model, media = ToyModel(), toy_stream(120)
+    model.graphs = graphs
+    stream = Stream(model, BUDGETED, Gradient("all"), media.n)
+    state, seen = stream.start(), list[weakref.ref[LayerMemory]]()
+    for start in range(0, media.n, BUDGETED.chunk_tokens):
+        state = stream.flush(stream.feed(state, media[start : start + BUDGETED.chunk_tokens]))
+        seen += [weakref.ref(memory) for memory in state.layers]
+    gc.collect()
+    alive = {id(memory()) for memory in seen} - {id(None)}
+    assert alive == {id(memory) for memory in state.layers}
