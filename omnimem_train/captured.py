@@ -79,12 +79,14 @@ class Recordings:
     Attributes:
         most: how many are held.
         seen_first: times that a key is met before it is recorded; they run as usual, which also compiles kernels.
-        rest: calls after which one that was not used may make way for another.
+        rest: calls after which one that was not used may make way for another. An evaluation runs many settings in
+            turn; with more of them than this, some are run as usual.
+        failed: why recording is given up; empty while it is not.
     """
 
     most: int = 2
     seen_first: int = 2
-    rest: int = 64
+    rest: int = 16
     failed: str = ""
     _calls: int = 0
     _held: OrderedDict[Hashable, tuple[int, Captured]] = field(default_factory=OrderedDict)

@@ -41,7 +41,7 @@ class ChunkGraphs:
     def __init__(self, passes: ChunkPass) -> None:
         self.passes = passes
         model = passes.model
-        self.first, self.second = _RECORDINGS.setdefault(model, (Recordings(), Recordings()))
+        self.first, self.second = _RECORDINGS.setdefault(model, (Recordings(), Recordings(most=1)))
         self._stands = _standing(model)
         selector = passes.chooser.selector
         self._can = (

@@ -91,7 +91,7 @@ def load_model(
             cause=(f"{type(error).__name__}: {error}".strip().splitlines())[0],
             remedy="fetch the checkpoint again; its config.json, weights and tokenizer must belong together",
         ) from error
-    model.graphs = config.graphs
+    model.graphs = config.graphs and where.type == "cuda"
     if config.adapter is not None:
         from omnimem_train.models.importance import load_importance_head
         from omnimem_train.models.lora import load_adapter  # peft only where an adapter is

@@ -126,7 +126,7 @@ def prefill(bench: Bench, label: str) -> None:
     if 2 * expected_s > bench.clock.left_s:
         bench.add(name, [expected_s], goal=goal, note="extrapolated from chunks with a full memory")
     else:
-        bench.add_peak(name, bench.clock.peak_gib(lambda: run_stream(bench, spec, bench.block)))
+        bench.add_peak(name, bench.clock.peak_gib(lambda: run_stream(bench, spec, bench.block), bench.graphs))
         run = bench.clock.samples(lambda: run_stream(bench, spec, bench.block), bench.reps, expected_s)
         bench.add(name, run, goal=goal)
     bench.add(f"prefill.{label}.chunk", [1e3 * chunk_s], "ms")
@@ -205,7 +205,7 @@ def lora(bench: Bench, name: str, gradient: Gradient, goal_s: float, goal_gib: f
     whole = encoded(bench, shape.tokens)
     if expected_s > bench.clock.left_s:
         return bench.add(name, [expected_s], goal=goal_s, note=f"extrapolated from {short.n_tokens} tokens")
-    bench.add_peak(name, bench.clock.peak_gib(lambda: run(whole)), goal_gib)
+    bench.add_peak(name, bench.clock.peak_gib(lambda: run(whole), bench.graphs), goal_gib)
     bench.add(name, bench.clock.samples(lambda: run(whole), bench.reps, expected_s), goal=goal_s)
     add_utilisation(bench, name)
     return None

@@ -162,14 +162,18 @@ class Clock:
             found.append(self.once(run))
         return found
 
-    def peak_gib(self, run: Callable[[], object]) -> float:
-        """Peak of allocated device memory while `run` runs; 0 without a GPU."""
+    def peak_gib(self, run: Callable[[], object], reserved: bool = False) -> float:
+        """Peak of device memory while `run` runs; 0 without a GPU. What is allocated, or with `reserved` all that is
+        set aside: recorded launches have memory that is theirs without being allocated."""
         self.clean()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         run()
         self.synchronise()
-        return torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else 0.0
+        if self.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated
+        return peak(self.device) / GIB
 
     def clean(self) -> None:
         """Give back what is not held."""
