@@ -224,6 +224,7 @@ class StreamingModel(ABC):
     tokenizer: Any
     HEAD: ClassVar[str] = "omnimem_importance"  # the parameter of `module` that `importance_head` is
     adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
+    quantization: str = "none"  # how the decoder's matrices are held; see `omnimem_train.models.quantised`
     adapter_layouts: tuple[str, ...] = ("peft",)
     """Names under which an adapter can be exported. The first is what peft writes for the class of `module`."""
 
@@ -309,6 +310,11 @@ class StreamingModel(ABC):
 # What models share ----------------------------------------------------------------------------------------------------
 
 MAX_WINDOW_FRAMES = 1000
+
+
+def weight_sample(weight: Tensor) -> Tensor:
+    """Up to 64 values spread over a weight, float32 on the CPU: what fingerprints read of it."""
+    return weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
 
 
 def check_text(text: Any, control_tokens: Iterable[str]) -> None:
