@@ -221,10 +221,10 @@ class StreamingModel(ABC):
     sampling_rate: int
     eos_ids: tuple[int, ...]
     module: nn.Module
+    quantization: str = "none"  # how the decoder's matrices are held; see `omnimem_train.models.quantised`
     tokenizer: Any
     HEAD: ClassVar[str] = "omnimem_importance"  # the parameter of `module` that `importance_head` is
     adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
-    quantization: str = "none"  # how the decoder's matrices are held; see `omnimem_train.models.quantised`
     adapter_layouts: tuple[str, ...] = ("peft",)
     """Names under which an adapter can be exported. The first is what peft writes for the class of `module`."""
 

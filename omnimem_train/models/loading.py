@@ -48,10 +48,10 @@ class ModelConfig:
 
     path: str = ""
     dtype: str = "auto"
+    quantization: str = "none"
     device: str = "auto"
     attention: str = "sdpa"
     adapter: str | None = None
-    quantization: str = "none"
 
     def __post_init__(self) -> None:
         choices = (("dtype", _DTYPES), ("attention", _KERNELS), ("quantization", KINDS))
@@ -68,10 +68,10 @@ def load_model(
     path: str | Path,
     *,
     dtype: str = "auto",
+    quantization: str = "none",
     device: str | torch.device = "auto",
     attention: str = "sdpa",
     adapter: str | Path | None = None,
-    quantization: str = "none",
 ) -> StreamingModel:
     """The streaming model of a checkpoint, in evaluation mode, all its weights frozen.
 
@@ -81,9 +81,8 @@ def load_model(
         UserError: no such folder, no `config.json`, tokenizer or weights in it, a kind of model that is not known here,
             or no bitsandbytes for a 4-bit base.
     """
-    config = ModelConfig(
-        str(path), dtype, str(device), attention, None if adapter is None else str(adapter), quantization
-    )
+    held = None if adapter is None else str(adapter)
+    config = ModelConfig(str(path), dtype, quantization, str(device), attention, held)
     target = model_class(config.path)
     where = pick_device(config.device)
     packs = config.quantization != "none"
