@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--reader", default="decord", help="decord or pyav")
     sub.add_argument("--max-new-tokens", type=int, default=128)
     sub.add_argument("--dtype", default="auto")
+    sub.add_argument("--quantization", default="none", help="none, or nf4 for a decoder in 4 bits")
     sub.add_argument("--device", default="auto")
     sub.add_argument("--save", type=Path, help="write the session here, to ask more later")
 
@@ -122,7 +123,17 @@ class _Version(argparse.Action):
         import importlib.metadata
 
         lines = [f"omnimem-train {__version__}", f"python {sys.version.split()[0]}"]
-        for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "decord", "av"):
+        for name in (
+            "torch",
+            "transformers",
+            "peft",
+            "accelerate",
+            "deepspeed",
+            "bitsandbytes",
+            "datasets",
+            "decord",
+            "av",
+        ):
             try:
                 lines.append(f"{name} {importlib.metadata.version(name)}")
             except importlib.metadata.PackageNotFoundError:
@@ -233,7 +244,7 @@ def _ask(arguments: Any) -> None:
         raise UserError(f"the session cannot be saved as {a.save}", remedy="name a file in a folder that exists")
     spec = MemorySpec() if a.adapter is None else adapter_memory(a.adapter)
     spec = _changed(spec, a)
-    model = load_model(a.model, dtype=a.dtype, device=a.device, adapter=a.adapter)
+    model = load_model(a.model, dtype=a.dtype, device=a.device, adapter=a.adapter, quantization=a.quantization)
     if a.adapter is not None:
         adapter_memory(a.adapter, model)
     with read_windows(

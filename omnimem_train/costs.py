@@ -15,6 +15,7 @@ from functools import cached_property
 
 from omnimem_train.memory.spec import LayerBudget, MemorySpec
 from omnimem_train.models.lora import LoraSettings
+from omnimem_train.models.quantised import BLOCK, BYTES_A_WEIGHT
 from omnimem_train.models.shape import DecoderShape
 from omnimem_train.scoring_costs import scoring_bytes
 from omnimem_train.streaming import Gradient
@@ -109,6 +110,7 @@ class StreamStep:
         kernels: whether the package's kernels run: in bfloat16 on a GPU, unless switched off.
         split: whether attention goes to memory and chunk apart.
         teacher: whether the model runs with a full memory first, to be learned from.
+        packed: whether the decoder's matrices are held in 4 bits and unpacked for each product.
     """
 
     shape: DecoderShape
@@ -125,6 +127,7 @@ class StreamStep:
     kernels: bool = True
     split: bool = False
     teacher: bool = False
+    packed: bool = False
 
     # The stream ------------------------------------------------------------------------------------------------------
 
@@ -282,15 +285,27 @@ class StreamStep:
         width = (1 + s.deepstack) * s.hidden * self.itemsize + 29
         copied = sum(c.n * c.count for c in self.chunks if c.due != "none") if self.window else 0
         snapshots, activations, passing = max(self._moments(), key=sum)
+        passing += self.unpacked
         copies = 1 if self.gradient.kind == "none" else 4 if moments else 2
         return Footprint(
-            weights=parameters * self.itemsize,
+            weights=self.weights(parameters),
             adapter=4 * trained * copies,
             clips=width * (self.tokens * clips + copied),
             snapshots=snapshots,
             activations=activations,
             passing=passing,
         )
+
+    def weights(self, parameters: int) -> float:
+        """Bytes of a model of so many numbers, of which the matrices of the layers may be packed."""
+        packed = self.shape.layers * self.shape.layer_weights if self.packed else 0
+        return (parameters - packed) * self.itemsize + packed * BYTES_A_WEIGHT
+
+    @property
+    def unpacked(self) -> float:
+        """Bytes of the largest matrix of a layer while it is unpacked: its numbers, and its scales in float32."""
+        largest = max(i * o for i, o in self.shape.projections.values())
+        return largest * (self.itemsize + 4 / BLOCK) if self.packed else 0
 
     def _moments(self) -> Iterator[tuple[float, float, float]]:
         """(snapshots, activations, passing) at the end of each kind of chunk's forward pass and of its recomputation,

@@ -297,7 +297,7 @@ def check_identity(config: EvalConfig, model: StreamingModel) -> None:
         "weights": model_fingerprint(model),
         "questions": hashlib.sha256(config.data.items.read_bytes()).hexdigest()[:16],
         "data": {k: getattr(config.data, k) for k in ("form", "fps", "reader", "use_audio", "exact_mel")},
-        "numbers": [config.model.dtype, config.model.attention],
+        "numbers": [config.model.dtype, config.model.attention],  # quantization is in the fingerprint
         "encoder": config.encoder,
         "method": [config.method, config.max_new_tokens],
     }

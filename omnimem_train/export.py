@@ -25,6 +25,9 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Write the adapter of a training checkpoint.
 
+    One that was trained on a 4-bit base is held against the base as it is stored, and loads on either; `memory.json`
+    and the model card say how it was held.
+
     Args:
         checkpoint: a checkpoint, or a run's folder for its newest one.
         out: folder to write into: adapter_config.json, adapter_model.safetensors, memory.json, README.md, and with a
@@ -75,6 +78,7 @@ def export_adapter(
     about = {
         "base_model": path,
         "model_class": type(model.module).__name__,
+        "base_quantization": settings["model"].get("quantization", "none"),
         "base_fingerprint": base,
         "adapter_sha256": sha256(out / WEIGHTS),
         "importance_sha256": sha256(out / HEAD_WEIGHTS) if (out / HEAD_WEIGHTS).is_file() else None,
@@ -141,6 +145,11 @@ def model_card(spec: MemorySpec, about: dict[str, Any], settings: dict[str, Any]
         "rebuilt.\n"
         if about["importance_sha256"] else ""
     )  # fmt: skip
+    if about["base_quantization"] != "none":
+        head += (
+            f"\nThe base was held in 4 bits ({about['base_quantization'].upper()}) during training. The adapter loads "
+            "on the unquantised base too, whose numbers differ a little.\n"
+        )
     return f"""---
 base_model: {about["base_model"]}
 library_name: peft

@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from omnimem_train.costs import MARKS, NORMS, Chunk, StreamStep
+from omnimem_train.models.quantised import BYTES_A_WEIGHT
+from omnimem_train.models.shape import PROJECTIONS
 from omnimem_train.scoring_costs import Work, scoring
 from omnimem_train.streaming import Gradient
 
 LAUNCHES = {"layer": (17, 50), "choice": (45, 45), "adapter": (4, 6), "backward": (35, 60), "adapter_backward": (10, 9)}
 """Kernels started for a layer and chunk with the package's own kernels and without, and for each adapter; counted on a
 small model with a dispatch mode."""
+UNPACKING = 3  # kernels that unpack a 4-bit matrix: its scales, their offset, itself
 KEYS = ("k_proj", "v_proj")
 
 
@@ -36,6 +39,7 @@ def forward(step: StreamStep, chunk: Chunk, layers: int | None = None, *, select
         traffic=n * per_token + joined + gathered + 2 * chunk.candidates * MARKS * s.kv_heads,
         launches=_launches(step, "layer") + _launches(step, "adapter") * len(adapters),
     )
+    layer += _unpacking(step)
     if chunk.kept < chunk.candidates:
         layer += Work(launches=_launches(step, "choice"))
         layer += scoring(step.spec, s, b, n, chunk.candidates, step.kernels) if select else Work()
@@ -62,7 +66,7 @@ def backward(step: StreamStep, chunk: Chunk, *, remembered: bool = True) -> Work
     moved = step.token_bytes * (4 * chunk.candidates + 5 * chunk.kept)
     launches = layers * _launches(step, "backward")
     launches += _launches(step, "adapter_backward") * sum(times for *_, times in used)
-    return Work(
+    return whole * _unpacking(step) + Work(
         matrix=2.0 * n * matrix + low_rank,
         **{"split_back" if step.split else "attention_back": 10.0 * s.query_width * chunk.pairs * whole},
         traffic=n * (whole * per_token + adapters) + layers * moved,
@@ -95,6 +99,14 @@ def step_work(step: StreamStep) -> dict[str, Work]:
 def _adapters(step: StreamStep) -> list[tuple[str, int, int]]:
     """Targets with channels in and out."""
     return [(t, *step.shape.projections[t]) for t in (step.lora.targets if step.lora else ())]
+
+
+def _unpacking(step: StreamStep) -> Work:
+    """Unpacking all matrices of a layer once: read in 4 bits, written in the precision of the model."""
+    if not step.packed:
+        return Work()
+    weights = step.shape.layer_weights
+    return Work(traffic=weights * (BYTES_A_WEIGHT + step.itemsize), launches=UNPACKING * len(PROJECTIONS))
 
 
 def _launches(step: StreamStep, what: str) -> int:

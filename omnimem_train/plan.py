@@ -79,6 +79,7 @@ class Request:
             lora=c.lora,
             window=math.ceil(clip.total * window_s / self.watched_s),
             split=c.model.attention == "split",
+            packed=c.model.quantization != "none",
             teacher=c.loss.distill > 0 or (c.loss.retention > 0 and draw.budget is not None),
         )
 

@@ -11,7 +11,6 @@ from omnimem_train.plan import Request
 SHORTEST_CHUNK, SHORTEST_S = 256, 10.0
 SHARES_OF_CLIP = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 WORTH = 0.99  # of the peak; a knob that leaves more is not worth a line
-NF4_BYTES = 0.516  # 4 bits, and scales of blocks of 64 numbers that are themselves quantised (arXiv 2305.14314)
 
 Settings = dict[str, Any]
 
@@ -116,6 +115,11 @@ def _clips_held(asked: Request) -> Iterator[Settings]:
         yield {"train__accumulation": n}
 
 
+def _four_bits(asked: Request) -> Iterator[Settings]:
+    if asked.config.model.quantization == "none" and asked.itemsize <= 4:
+        yield {"model__quantization": "nf4"}
+
+
 def _chunks_with_gradient(asked: Request) -> Iterator[Settings]:
     gradient = asked.config.gradient
     if gradient.kind not in ("all", "last"):
@@ -174,6 +178,7 @@ KNOBS = (
     _recomputation,
     _full_steps,
     _clips_held,
+    _four_bits,
     _chunks_with_gradient,
     _positions,
     _adapter,
@@ -182,10 +187,3 @@ KNOBS = (
     _budget,
     _shorter_clips,
 )
-
-
-def four_bit_gib(asked: Request) -> float:
-    """Peak with the decoder's matrices in 4 bits (NF4), everything else as it is."""
-    decoder = asked.shape.decoder
-    saved = decoder.layers * decoder.layer_weights * (asked.itemsize - NF4_BYTES)
-    return (asked.peak()[1].total - saved) / 2**30

@@ -10,7 +10,7 @@ from omnimem_train.costs import StreamStep
 from omnimem_train.gpus import MEASURED, usable_gib
 from omnimem_train.operations import step_work
 from omnimem_train.plan import Request
-from omnimem_train.plan_advice import Remedy, four_bit_gib, remedies
+from omnimem_train.plan_advice import Remedy, remedies
 
 GIB, MIB = 2**30, 2**20
 
@@ -23,7 +23,8 @@ def report(asked: Request) -> dict[str, Any]:
     usual = asked.step(Draw(_budget(asked), asked.config.memory.chunk_tokens))
     fits = asked.fits()
     return {
-        "model": {"path": asked.shape.path, "parameters": asked.shape.parameters, "bytes_a_number": asked.itemsize},
+        "model": {"path": asked.shape.path, "parameters": asked.shape.parameters, "bytes_a_number": asked.itemsize}
+        | {"quantization": asked.config.model.quantization},
         "gpu": {"name": asked.gpu.name, "memory_gib": asked.gpu.memory_gib, "usable_gib": usable_gib(asked.gpu)},
         "clip": {"watched_s": watched_s, "width": asked.width, "height": asked.height, "fps": asked.config.data.fps}
         | asdict(clip)
@@ -44,7 +45,6 @@ def report(asked: Request) -> dict[str, Any]:
             "fits": fits,
         },
         "step_s": None if phases is None else {**phases, "total": sum(phases.values())},
-        "four_bit_peak_gib": four_bit_gib(asked),
         "remedies": [] if fits else [asdict(r) for r in remedies(asked)],
     } | {"operations": sum(work.operations for work in step_work(largest).values())}
 
@@ -134,7 +134,6 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     for r in entries:
         time = "" if r.step_s is None else f", {r.step_s:.1f} s a step"
         lines.append(f"  {'yes' if r.fits else 'no ':<5}{' '.join(r.overrides):<44} {r.peak_gib:6.1f} GiB{time}")
-    lines.append(f"  {'-':<5}{'a base in 4 bits (NF4), not offered yet':<44} {found['four_bit_peak_gib']:6.1f} GiB")
     if not any(r.fits for r in entries):
         lines.append("  No setting is enough: use a smaller model or a larger GPU.")
     return lines

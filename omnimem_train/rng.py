@@ -50,7 +50,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers of a run."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    for name in ("omnimem-train", "torch", "transformers", "peft", "accelerate", "deepspeed", "numpy"):
+    for name in ("omnimem-train", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -18,7 +18,7 @@ from torch import Tensor
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import LayerMemory
-from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn
+from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn, weight_sample
 from omnimem_train.streaming import Stream, StreamState
 
 FORMAT = 1
@@ -204,19 +204,24 @@ def check_window(window: MediaWindow, info: MediaInfo, fps: float) -> None:
 
 
 def model_fingerprint(model: StreamingModel, adapters: bool = True) -> str:
-    """16 hex digits of the decoder layers: names, shapes and some values of their weights.
+    """16 hex digits of the decoder layers: names, shapes and some values of their weights, as the checkpoint has them.
 
     Args:
-        adapters: count the adapter's weights too. Without them a model with an adapter has the print of its base.
+        adapters: tell what is run: count the adapter's weights too, and whether the decoder is in 4 bits. Without them
+            a model with an adapter, or in 4 bits, has the print of its base.
     """
     digest = hashlib.sha256()
     prefix = model.language_prefix()
+    if adapters and model.quantization != "none":
+        digest.update(model.quantization.encode())
     for name, weight in model.module.named_parameters():
         adapter = ".lora_" in name or name == model.HEAD
         if name.startswith((prefix, model.HEAD)) and (adapters or not adapter):
             short = name.removeprefix(prefix).replace(".base_layer.", ".")
-            sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
-            digest.update(f"{short} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+            module, _, leaf = name.rpartition(".")
+            packed = getattr(model.module.get_submodule(module), "before_packing", None) if leaf == "weight" else None
+            shape, sample = packed or (tuple(weight.shape), weight_sample(weight))
+            digest.update(f"{short} {shape}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -45,6 +45,7 @@ OWNERS = {
     "peft": {"models.lora"},
     "accelerate": {"trainer", "cli", "evaluation"},
     "deepspeed": {"trainer"},
+    "bitsandbytes": {"models.quantised"},
     "decord": {"media_decode", "media_sound"},
     "av": {"media_decode", "media_sound"},
     "tensorboard": {"runlog"},

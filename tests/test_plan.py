@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,53 @@ def test_several_settings_together_where_none_is_enough(capsys: pytest.CaptureFi
     assert together["fits"] == (plan(capsys, *arguments, *together["overrides"])[0] == 0)
 
 
+def test_a_base_in_4_bits_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Less by the matrices of the layers alone, more by one of them unpacked; and more time."""
+    arguments = [str(ROOT / SEVEN), "--gpu", "H200", "--seconds", "300"]
+    plain, four = (plan(capsys, *arguments, *more)[1] for more in ((), ("model.quantization=nf4",)))
+    before, after = plain["largest_step"]["gib"], four["largest_step"]["gib"]
+    matrices = 28 * (2 * 3584 * (3584 + 512) + 3 * 3584 * 18944)
+    saved = matrices * (2 - (0.5 + 1 / 64 + 1 / 4096)) / 2**30
+    assert before["weights"] - after["weights"] == pytest.approx(saved)
+    assert after["passing"] - before["passing"] == pytest.approx(3584 * 18944 * (2 + 4 / 64) / 2**30)
+    assert {k: before[k] for k in before if k not in ("weights", "passing")} == {
+        k: after[k] for k in after if k not in ("weights", "passing")
+    }
+    slower = four["step_s"]["total"] / plain["step_s"]["total"]
+    assert 1.02 < slower < 1.3
+    assert four["model"]["quantization"] == "nf4"
+
+
+def test_a_base_in_4_bits_is_offered_where_it_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(ROOT / SEVEN), "memory.chunk_tokens=1024", "budgets.full_share=0", "lora.dropout=0"]
+    arguments += ["train.accumulation=1", "budgets.high=4096", "--gpu", "RTX-4090", "--seconds", "300"]
+    code, found = plan(capsys, *arguments)
+    assert code == 1
+    offered = {tuple(r["overrides"]): r for r in found["remedies"]}[("model.quantization=nf4",)]
+    code, again = plan(capsys, *arguments, "model.quantization=nf4")
+    assert offered["fits"] and code == 0
+    assert offered["peak_gib"] == pytest.approx(again["largest_step"]["peak_gib"])
+    code, found = plan(capsys, *arguments, "model.quantization=nf4", "budgets.high=65536")
+    assert code == 1 and not any("nf4" in o for r in found["remedies"] for o in r["overrides"])
+
+
+def test_the_recipe_for_a_gpu_of_24_gb_fits_one(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes/qwen2_5_omni_7b_nf4.yaml")
+    assert plan(capsys, recipe, "--gpu", "RTX-4090", "--seconds", "1200")[0] == 0
+    assert plan(capsys, recipe, "--gpu", "RTX-4090", "--seconds", "1200", "model.quantization=none")[0] == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_packed_weights_are_counted_right(nano_folder: Path) -> None:
+    """Scales of parts of blocks, which small matrices have, and the tables of the format apart."""
+    model = load_model(nano_folder, device="cpu", quantization="nf4")
+    parameters = read_shape(str(nano_folder)).parameters
+    held = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    scales = decoder(model).layer_weights * model.n_layers * (1 / 64 + 1 / 4096)
+    four = StreamStep(decoder(model), 4, MemorySpec(budget=BUDGET), CHUNK, packed=True)
+    assert four.weights(parameters) == pytest.approx(held + scales)
+
+
 def test_more_of_everything_costs_more() -> None:
     config = load_config(RunConfig, ROOT / SEVEN)
     asked = request(config, GPUS["H200"], 300)
@@ -384,7 +432,7 @@ def test_a_gpu_of_unknown_speed_still_gets_its_memory_planned() -> None:
 
 
 def test_weights_beyond_the_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GPUS, "Small", Gpu("Small", 12.0, 1e14, 1e13, 1e12))
+    monkeypatch.setitem(GPUS, "Small", Gpu("Small", 8.0, 1e14, 1e13, 1e12))
     assert main(["plan", str(ROOT / SEVEN), "--gpu", "Small"]) == 1
     assert "No setting is enough" in capsys.readouterr().out
 

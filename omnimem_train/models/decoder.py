@@ -17,6 +17,7 @@ from omnimem_train.memory.positions import Rotary
 from omnimem_train.models.attention import NAME
 from omnimem_train.models.fused import fuse
 from omnimem_train.models.interface import Tap
+from omnimem_train.models.quantised import unpacked
 
 DEEPSTACK = "deepstack"
 """Name of the extras (B, n, layers, E) that are added to the output of layers 0, 1, ...; 0 for tokens without any."""
@@ -127,12 +128,12 @@ class StockDecoder:
         """
         projection = self._text.layers[layer].self_attn.o_proj
         if not hasattr(projection, "get_delta_weight"):
-            return projection.weight.detach()
+            return unpacked(projection)
         base = projection.base_layer.weight
         active = () if projection.disable_adapters or projection.merged else tuple(projection.active_adapters)
         names = [name for name in active if name in projection.lora_A]
         if not names:
-            return base.detach()
+            return unpacked(projection.base_layer)
         parameters = [base] + [side[name].weight for side in (projection.lora_A, projection.lora_B) for name in names]
         state = (*names, *((id(p), p._version) for p in parameters))
         stored = self._output_weights.get(layer)
@@ -141,7 +142,8 @@ class StockDecoder:
             return stored[1]
         with torch.no_grad():
             delta = sum(projection.get_delta_weight(name).float() for name in names)
-            weight = (base.float() + delta).to(base.dtype)
+            held = unpacked(projection.base_layer)
+            weight = (held.float() + delta).to(held.dtype)
         if not trained:
             self._output_weights[layer] = (state, weight)
         return weight

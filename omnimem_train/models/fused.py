@@ -104,6 +104,7 @@ def adapted(module: Any, stock: Callable[..., Tensor], x: Tensor, *rest: Any, **
     base = module.base_layer(x)
     low = linear(module.lora_dropout[name](x), module.lora_A[name].weight.to(x.dtype))
     up = module.lora_B[name].weight.to(x.dtype)
+    # a product in 4 bits is a view made inside a function of its own, which must not be written to
     add = torch.Tensor.addmm_ if type(module.base_layer) is nn.Linear else torch.addmm
     out = add(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=module.scaling[name])
     return out.view(base.shape)

@@ -223,6 +223,7 @@ class StreamingModel(ABC):
     sampling_rate: int
     eos_ids: tuple[int, ...]
     module: nn.Module
+    quantization: str = "none"  # how the decoder's matrices are held; see `omnimem_train.models.quantised`
     tokenizer: Any
     HEAD: ClassVar[str] = "omnimem_importance"  # the parameter of `module` that `importance_head` is
     adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
@@ -319,6 +320,11 @@ class StreamingModel(ABC):
 # What models share ----------------------------------------------------------------------------------------------------
 
 MAX_WINDOW_FRAMES = 1000
+
+
+def weight_sample(weight: Tensor) -> Tensor:
+    """Up to 64 values spread over a weight, float32 on the CPU: what fingerprints read of it."""
+    return weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].float().cpu()
 
 
 def check_text(text: Any, control_tokens: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from omnimem_train.errors import UserError, nearest
 from omnimem_train.models.interface import StreamingModel
+from omnimem_train.models.quantised import KINDS, check_available, quantise
 
 # model_type of config.json -> "module:class"; imported when needed.
 MODELS: dict[str, str] = {
@@ -36,6 +37,9 @@ class ModelConfig:
     Attributes:
         path: checkpoint folder, or a name on the Hugging Face hub ("Qwen/Qwen2.5-Omni-7B").
         dtype: "auto" (as stored), "float32", "bfloat16", "float16" or "float64".
+        quantization: "none", or "nf4": the matrices of the decoder's layers in 4 bits (bitsandbytes, QLoRA's NF4 with
+            double quantisation), unpacked to `dtype` for each product. An adapter trained so fits the checkpoint in
+            either form.
         device: "auto" (the first accelerator there is, else the CPU) or a torch device.
         attention: kernel of the decoder's attention: "sdpa"; "split" (memory and chunk one after the other, through
             cuDNN on Hopper GPUs); or "eager" as a reference.
@@ -46,13 +50,16 @@ class ModelConfig:
 
     path: str = ""
     dtype: str = "auto"
+    quantization: str = "none"
     device: str = "auto"
     attention: str = "sdpa"
     adapter: str | None = None
     graphs: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (("dtype", self.dtype, _DTYPES), ("attention", self.attention, _KERNELS)):
+        choices = (("dtype", _DTYPES), ("attention", _KERNELS), ("quantization", KINDS))
+        for name, known in choices:
+            value = getattr(self, name)
             if value not in known:
                 raise UserError(
                     f"model.{name} is {value!r}{nearest(str(value), known)}",
@@ -64,6 +71,7 @@ def load_model(
     path: str | Path,
     *,
     dtype: str = "auto",
+    quantization: str = "none",
     device: str | torch.device = "auto",
     attention: str = "sdpa",
     adapter: str | Path | None = None,
@@ -74,15 +82,20 @@ def load_model(
     The arguments are the fields of `ModelConfig`.
 
     Raises:
-        UserError: no such folder, no `config.json`, tokenizer or weights in it, or a kind of model that is not known
-            here.
+        UserError: no such folder, no `config.json`, tokenizer or weights in it, a kind of model that is not known here,
+            or no bitsandbytes for a 4-bit base.
     """
-    config = ModelConfig(str(path), dtype, str(device), attention, None if adapter is None else str(adapter), graphs)
+    held = None if adapter is None else str(adapter)
+    config = ModelConfig(str(path), dtype, quantization, str(device), attention, held, graphs)
     target = model_class(config.path)
     where = pick_device(config.device)
+    packs = config.quantization != "none"
+    if packs:
+        check_available()
     check_tokenizer(config.path)
+    first = torch.device("cpu") if packs else where  # the device never holds what is to be packed
     try:
-        model: StreamingModel = target.from_checkpoint(config.path, dtype=dtype, device=where, attention=attention)
+        model: StreamingModel = target.from_checkpoint(config.path, dtype=dtype, device=first, attention=attention)
     except UserError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds at a damaged file
@@ -91,6 +104,8 @@ def load_model(
             cause=(f"{type(error).__name__}: {error}".strip().splitlines())[0],
             remedy="fetch the checkpoint again; its config.json, weights and tokenizer must belong together",
         ) from error
+    if packs:
+        quantise(model, where)
     model.graphs = config.graphs and where.type == "cuda"
     if config.adapter is not None:
         from omnimem_train.models.importance import load_importance_head

@@ -99,7 +99,8 @@ def add_lora(model: StreamingModel, settings: LoraSettings) -> list[str]:
 
 def check_rank(model: StreamingModel, modules: Iterable[str], r: int) -> None:
     """Raises UserError if one of the `modules` that get an adapter has a side below the rank `r`."""
-    shapes = {name: tuple(model.module.get_submodule(name).weight.shape) for name in modules}  # type: ignore[arg-type]
+    sides: dict[str, Any] = {name: model.module.get_submodule(name) for name in modules}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in sides.items()}
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
     if r > min(shape):
         raise UserError(

@@ -18,6 +18,7 @@ from cases import LORA_CASES, STREAM_CASES, Bench, with_tokens
 from layers import ADAPTED_LAYER_CASES, ADAPTED_PROFILE_CASES, LAYER_CASES
 from measure import Clock, Results, versions
 from pieces import PIECE_CASES
+from quantised import QUANTISED_CASES
 from selection import PROFILE_CASES, SELECTION_CASES
 from shape import SHAPES
 
@@ -31,6 +32,7 @@ CASES: dict[str, Callable[[Bench], None]] = (
     | SELECTION_CASES
     | ADAPTED_LAYER_CASES
     | LORA_CASES
+    | QUANTISED_CASES
     | ADAPTED_PROFILE_CASES
     | PROFILE_CASES
 )

@@ -31,8 +31,9 @@ CASES = {
     "prefill.omnimem": ("omnimem", {}, NONE),
     "lora.last_8": ("perturbation", {}, Gradient("last", chunks=8)),
     "lora.all": ("perturbation", {}, Gradient("all")),
+    "lora.all_nf4": ("perturbation", {}, Gradient("all")),
 }
-"""Result of the bench -> selector, its options, gradient."""
+"""Result of the bench -> selector, its options, gradient; with "nf4" in its name on a decoder in 4 bits."""
 
 
 def predict(name: str, gpu: Gpu, shape: Shape = SHAPE, split: bool = False) -> tuple[float, float]:
@@ -40,7 +41,7 @@ def predict(name: str, gpu: Gpu, shape: Shape = SHAPE, split: bool = False) -> t
     selector, options, gradient = CASES[name]
     spec = MemorySpec(selector, options, budget=shape.budget, chunk_tokens=shape.chunk)
     lora = None if gradient.kind == "none" else LoraSettings(r=shape.rank, alpha=2 * shape.rank)
-    step = replace(shape.step(spec, gradient, lora), split=split)
+    step = replace(shape.step(spec, gradient, lora), split=split, packed="nf4" in name)
     taken_s = sum((phase_seconds(step_work(step), gpu, step.itemsize) or {}).values())
     held = step.footprint(shape.parameters, moments=False).total
     if gradient.kind == "none":

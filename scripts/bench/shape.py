@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,22 +91,26 @@ SHAPES = {
 
 def make_model(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> StreamingModel:
     """A stock thinker of `shape` with random weights, frozen, behind the package's own interface."""
-    tokenizer = tiny_tokenizer()
-    config = thinker_config(shape.size, tokenizer)
+    module = make_thinker(shape, device, dtype)
+    module.to(device).eval().requires_grad_(False)
+    fill(module)
+    model = Qwen2_5OmniStreaming(module, tiny_tokenizer(), Settings(), attention)
+    if model.dtype != dtype or model.device.type != device.type:
+        raise RuntimeError(f"the model came out as {model.dtype} on {model.device}")
+    return model
+
+
+def make_thinker(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+    """A stock thinker as its class makes it, on `device`."""
+    config = thinker_config(shape.size, tiny_tokenizer())
     config.text_config.vocab_size = shape.vocabulary
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            module = Qwen2_5OmniThinkerForConditionalGeneration(config)
+            return Qwen2_5OmniThinkerForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    module.to(device).eval().requires_grad_(False)
-    fill(module)
-    model = Qwen2_5OmniStreaming(module, tokenizer, Settings(), attention)
-    if model.dtype != dtype or model.device.type != device.type:
-        raise RuntimeError(f"the model came out as {model.dtype} on {model.device}")
-    return model
 
 
 @torch.no_grad()

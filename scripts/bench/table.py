@@ -19,6 +19,11 @@ ROWS = {
     "lora.all.peak": "its peak of GPU memory",
     "lora.last_8": "LoRA step, gradient through the last 8 chunks",
     "lora.last_8.peak": "its peak of GPU memory",
+    "lora.all_nf4": "LoRA step, gradient through all chunks, decoder in 4 bits",
+    "lora.all_nf4.peak": "its peak of GPU memory",
+    "lora.all_nf4.device": "all that its process takes of the GPU, capped at 24 GiB",
+    "lora.all_nf4_whole": "the same with what waits for the backward pass on the host",
+    "lora.all_nf4_whole.device": "all of the GPU that it takes, with the towers and AdamW",
     "utilisation.lora.all": "utilisation of the step through all chunks",
 }
 
