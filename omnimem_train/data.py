@@ -251,7 +251,7 @@ class LoadedClip:
             yield reader.info
             for window in reader:
                 if shrink is not None and window.frames is not None and len(window.frames):
-                    window = replace(window, frames=shrink(window.frames))
+                    window = replace(window, frames=shrink(window.frames), shrunk=True)
                 yield window
 
     def _from_thread(self) -> Iterator[MediaInfo | MediaWindow | Entry]:

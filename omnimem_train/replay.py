@@ -283,4 +283,5 @@ def joined(windows: list[MediaWindow]) -> MediaWindow:
         np.concatenate(frames) if frames else None,
         np.concatenate(samples) if samples else None,
         windows[-1].last,
+        windows[0].shrunk,
     )

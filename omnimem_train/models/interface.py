@@ -63,6 +63,7 @@ class MediaWindow:
             file lies at i / rate; a window holds those from round(start_s * rate) to round(end_s * rate), as far as the
             sound goes: m is smaller where it ends, and 0 after that.
         last: True for the last window of the file.
+        shrunk: the frames went through `StreamingModel.shrink`.
     """
 
     start_s: float
@@ -70,6 +71,7 @@ class MediaWindow:
     frames: np.ndarray | None
     samples: np.ndarray | None
     last: bool = False
+    shrunk: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,8 +279,9 @@ class StreamingModel(ABC):
         return {}
 
     def shrink(self, frames: np.ndarray, **options: Any) -> np.ndarray:
-        """(n, height, width, 3) uint8 frames resized as an encoder opened with `options` does, which then leaves them
-        as they are: for whoever keeps frames waiting. Unchanged where a model does not offer it."""
+        """(n, height, width, 3) uint8 frames resized as an encoder opened with `options` does, which leaves them as
+        they are in a window marked `shrunk`. For whoever keeps frames waiting; unchanged where a model does not offer
+        it."""
         return frames
 
     def encoding_settings(self) -> dict[str, Any]:

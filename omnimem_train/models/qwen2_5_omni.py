@@ -179,12 +179,9 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
         return {"visual": visual, "audio": float(POSITIONS_PER_S) if info.has_audio else 0.0}
 
     def shrink(self, frames: np.ndarray, **options: Any) -> np.ndarray:
-        """As in the interface; `options` may hold the pixel limits of `open`. Where the encoder would resize once more
-        (frames much longer than wide), they stay as they are."""
+        """As in the interface; `options` may hold the pixel limits of `open`."""
         settings = self.video_settings(options.get("min_pixels"), options.get("max_pixels"))
         size = smart_resize(frames.shape[1], frames.shape[2], settings)
-        if smart_resize(*size, settings) != size:
-            return frames
         return resize(torch.from_numpy(frames), *size).permute(0, 2, 3, 1).contiguous().numpy()
 
     def encoding_settings(self) -> dict[str, Any]:
