@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from clips import numbered_frames, tone, write_media
+from test_run_ahead import threads_end
 from torch import Tensor
 
 from omnimem_train.broken_media import SkippedMedia
@@ -26,7 +26,6 @@ from omnimem_train.media import MediaError
 from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, Turn
 from omnimem_train.models.loading import load_model
 from omnimem_train.replay import grouped
-from omnimem_train.run_ahead import run_ahead
 from omnimem_train.source import ClipSource, clip_source
 from omnimem_train.step import EncodedStream
 
@@ -244,54 +243,6 @@ def test_waiting_for_the_encoder_counts(
 
 
 # the thread -----------------------------------------------------------------------------------------------------------
-
-
-def threads_end() -> bool:
-    """Whether no thread that runs ahead or decodes is left after a while."""
-    for _ in range(50):
-        if not any(t.name.startswith(("run ahead", "decode")) for t in threading.enumerate()):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_no_more_is_made_than_was_allowed(depth: int) -> None:
-    made: list[int] = []
-
-    def make() -> Generator[int, None, None]:
-        for i in range(10):
-            made.append(i)
-            yield i
-
-    with closing(run_ahead(make, depth, torch.device("cpu"))) as found:
-        for i in range(4):
-            assert next(found) == i
-            time.sleep(0.1)
-            assert len(made) == i + 1 + depth
-        assert list(found) == list(range(4, 10))
-    assert threads_end()
-
-
-def test_closing_ends_what_is_waited_for() -> None:
-    closed, waiting = threading.Event(), threading.Event()
-
-    def make() -> Generator[int, None, None]:
-        try:
-            yield 0
-            waiting.wait(10)
-            if waiting.is_set():
-                raise RuntimeError("interrupted")
-            yield 1
-        finally:
-            closed.set()
-
-    found = run_ahead(make, 1, torch.device("cpu"), waiting.set)
-    assert next(found) == 0
-    begun = time.monotonic()
-    found.close()
-    assert closed.is_set() and time.monotonic() - begun < 5
-    assert threads_end()
 
 
 def test_leaving_early_leaves_nothing_behind(nano_session: StreamingModel, folder: Path, tmp_path: Path) -> None:
