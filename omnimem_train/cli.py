@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, run, text in (
         ("train", _train, "fine-tune an adapter under random memory budgets"),
+        ("cache", _cache, "encode all clips of a training recipe into its data.cache beforehand"),
         ("eval", _eval, "multiple-choice evaluation: selectors x budgets x (base, adapter)"),
         ("calibrate", _calibrate, "measure budgets across layers and write a table for memory.layer_table"),
     ):
@@ -149,6 +150,33 @@ def _train(arguments: Any) -> None:
 
     folder = train(load_config(RunConfig, arguments.recipe, arguments.overrides))
     print(f"checkpoint: {folder}", flush=True)
+
+
+def _cache(arguments: Any) -> None:
+    import torch
+    from accelerate import PartialState
+
+    from omnimem_train.config import load_config
+    from omnimem_train.models.loading import load
+    from omnimem_train.run_config import RunConfig
+    from omnimem_train.source import clip_source
+    from omnimem_train.trainer import read_samples
+
+    config = load_config(RunConfig, arguments.recipe, arguments.overrides)
+    if config.data.cache is None:
+        raise UserError("the recipe names no cache", remedy="name a folder: data.cache=FOLDER")
+    samples = read_samples(config.data)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    device = str(state.device) if config.model.device == "auto" else config.model.device
+    model = load(replace(config.model, device=device, adapter=None))
+    data, rank, world = replace(config.data, balance="none"), state.process_index, state.num_processes
+    source = clip_source(samples, data, config.encoder, model, config.train.output, rank=rank, world=world)
+    for _ in _bar("clips", state.is_main_process, source.streams(0)):
+        if source.position >= source.loader.clips_per_epoch:
+            break
+    assert source.cached is not None
+    print(f"{data.cache}: {source.cached.cache.counts}", flush=True)
+    state.destroy_process_group()
 
 
 def _eval(arguments: Any) -> None:

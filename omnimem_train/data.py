@@ -6,13 +6,12 @@ what is ahead, so neither a long clip nor a slow step fills the memory.
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from omnimem_train.benchmarks import ChoiceItem, load_choices
-from omnimem_train.errors import UserError
+from omnimem_train.broken_media import BrokenMedia, SkippedMedia
+from omnimem_train.clip_order import balanced_order, epoch_order
+from omnimem_train.encoder_cache import Entry
+from omnimem_train.errors import UserError, nearest
 from omnimem_train.manifest import Sample, load_manifest
 from omnimem_train.media import MediaError, MediaReader, read_windows
 from omnimem_train.media_decode import READERS
@@ -35,10 +37,13 @@ __all__ = [
     "SkippedMedia",
     "StreamDataset",
     "StreamLoader",
-    "epoch_order",
     "load_choices",
     "load_manifest",
 ]
+
+
+BALANCES = ("none", "length")
+Lookup = Callable[[Sample], Entry | None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,16 @@ class DataConfig:
         use_audio: False leaves out all sound.
         max_duration_s: watch only the first so many seconds of each clip; a turn timed later is an error.
         workers: clips decoded at the same time, the current one included; 0 decodes in step with training.
-        prefetch_windows: windows held ready for each of them.
+        prefetch_windows: windows held ready for each of them, frames resized: 1.2 MB for 2 s at 100,352 pixels. So that
+            clips after the next one are decoded as a whole meanwhile, as many as they have windows.
+        encode_windows: windows encoded at once, unless something is asked between them. More have less to launch.
+        encode_ahead: clips encoded while the ones before them are trained on, each kept on the device (7 KB a token
+            of the 7B model); `train.accumulation` are needed at once. None: 1 on a GPU, else 0. Training only.
+        cache: folder for what encoders gave, so that an epoch after the first neither decodes nor encodes (see
+            `omnimem_train.encoder_cache`); None for none. Training only.
+        cache_gib: its largest size; the clips used longest ago are removed.
+        balance: "none": clips are shuffled. "length": and dealt out so that those that the ranks run at the same time
+            are of similar length (see `omnimem_train.clip_order`). Training only.
     """
 
     manifest: Path | None = None
@@ -69,79 +83,28 @@ class DataConfig:
     max_duration_s: float | None = None
     workers: int = 2
     prefetch_windows: int = 16
+    encode_windows: int = 1
+    encode_ahead: int | None = None
+    cache: Path | None = None
+    cache_gib: float = 100.0
+    balance: str = "none"
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
             raise UserError(f"data.reader={self.reader!r} is not known", remedy=f"one of {', '.join(READERS)}")
-        for name, least in (("max_broken", 0), ("workers", 0), ("prefetch_windows", 1)):
-            if getattr(self, name) < least:
+        if self.balance not in BALANCES:
+            raise UserError(
+                f"data.balance={self.balance!r} is not known{nearest(self.balance, BALANCES)}",
+                remedy=f"one of {', '.join(BALANCES)}",
+            )
+        leasts = {"max_broken": 0, "workers": 0, "prefetch_windows": 1, "encode_windows": 1, "encode_ahead": 0}
+        for name, least in leasts.items():
+            if (getattr(self, name) or 0) < least and getattr(self, name) is not None:
                 raise UserError(f"data.{name}={getattr(self, name)} must be {least} or more")
-        for name in ("fps", "time_limit_s", "max_duration_s"):
+        for name in ("fps", "time_limit_s", "max_duration_s", "cache_gib"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"data.{name}={value} must be above 0, and finite")
-
-
-class SkippedMedia(MediaError):
-    """A broken file within the declared limit: skip this clip and go on."""
-
-
-class BrokenMedia:
-    """Counts broken files against a limit and lists them in a file, one JSON object a line.
-
-    A file that is met again in a later epoch, or after resuming with the same list, counts once.
-
-    Args:
-        limit: `DataConfig.max_broken`.
-        listing: where to list them; None for no list. With several ranks, one each.
-    """
-
-    def __init__(self, limit: int, listing: Path | None = None) -> None:
-        self._limit, self._listing = limit, listing
-        self._ids: set[str] = set()
-        if listing is not None and listing.exists():
-            try:
-                self._ids = {json.loads(line)["id"] for line in listing.read_text().splitlines()}
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{listing} is damaged", repr(error), "delete it: broken files are then counted anew"
-                ) from error
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def note(self, sample: Sample, error: MediaError) -> MediaError:
-        """The error to raise for a broken clip: SkippedMedia within the limit, beyond it a MediaError that ends all."""
-        if sample.id not in self._ids:
-            self._ids.add(sample.id)
-            if self._listing is not None:
-                path = str(error.path or sample.path)
-                line = {"id": sample.id, "path": path, "what": error.what, "cause": error.cause}
-                self._listing.parent.mkdir(parents=True, exist_ok=True)
-                with self._listing.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-        count = f"broken file {len(self._ids)}, {self._limit} allowed"
-        if len(self._ids) <= self._limit:
-            return SkippedMedia(error.what, f"{error.cause} ({count})", error.remedy, error.path)
-        remedy = f"{error.remedy}; or allow some broken files: data.max_broken={len(self._ids)}"
-        return MediaError(error.what, f"{error.cause} ({count})", remedy, error.path)
-
-
-def epoch_order(n: int, seed: int, epoch: int, world: int = 1, rank: int = 0) -> list[int]:
-    """Indices that `rank` of `world` visits in `epoch`: a shuffle of all n by (seed, epoch), dealt out in turn.
-
-    Every rank gets ceil(n / world). Where n is no multiple of world, the shuffle starts again from its beginning: up to
-    world - 1 samples are seen twice in the epoch, none is left out. (`epoch_repeats` says how many.)
-    """
-    assert n > 0
-    assert 0 <= rank < world
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    return [int(i) for i in np.resize(order, n + epoch_repeats(n, world))[rank::world]]
-
-
-def epoch_repeats(n: int, world: int) -> int:
-    """How many samples an epoch shows twice so that all ranks have the same number."""
-    return -n % world
 
 
 class StreamDataset(Dataset[Sample]):
@@ -152,14 +115,21 @@ class StreamDataset(Dataset[Sample]):
         config: how they are read.
         window_s: seconds of a window (`StreamingModel.window_s`).
         sampling_rate: of the sound (Hz).
+        shrink: resizes frames as soon as they are decoded (`StreamingModel.shrink`).
     """
 
     def __init__(
-        self, samples: Sequence[Sample], config: DataConfig, window_s: float, sampling_rate: int = 16000
+        self,
+        samples: Sequence[Sample],
+        config: DataConfig,
+        window_s: float,
+        sampling_rate: int = 16000,
+        shrink: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         if not samples:
             raise UserError("there are no samples to train on", remedy="check data.manifest")
         self.samples, self.config, self.window_s, self.sampling_rate = samples, config, window_s, sampling_rate
+        self.shrink = shrink
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -206,27 +176,44 @@ class StreamDataset(Dataset[Sample]):
 class LoadedClip:
     """A clip being decoded in the background: its sample, `info`, and its windows by iterating (once).
 
+    Args:
+        ahead: windows held ready; 0 decodes when asked.
+        lookup: tells what is cached of a clip; such a clip has an `entry`, and is not decoded.
+
     Attributes:
         sample: what is asked about it.
         waited_s: seconds spent waiting for decoding so far.
     """
 
-    def __init__(self, dataset: StreamDataset, sample: Sample, broken: BrokenMedia, ahead: int) -> None:
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        sample: Sample,
+        broken: BrokenMedia,
+        ahead: int,
+        lookup: Lookup | None = None,
+    ) -> None:
         self.sample, self.waited_s = sample, 0.0
-        self._dataset, self._broken = dataset, broken
+        self._dataset, self._broken, self._lookup = dataset, broken, lookup
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, ahead) + 1)
         self._stop = threading.Event()
-        self._info: MediaInfo | None = None
+        self._first: MediaInfo | Entry | None = None
         self._failure: MediaError | None = None
         self._source = self._produce() if ahead == 0 else self._from_thread()
 
     @property
+    def entry(self) -> Entry | None:
+        """What is cached of it, if there is something: then it has no info and no windows. Raises: as `info`."""
+        if self._first is None:
+            self._first = self._next()
+        return self._first if isinstance(self._first, Entry) else None
+
+    @property
     def info(self) -> MediaInfo:
         """What is known of the file. Raises: MediaError, or SkippedMedia within the limit, if it is broken."""
-        if self._info is None:
-            self._info = self._next()
-        assert self._info is not None
-        return self._info
+        assert self.entry is None, "a cached clip is not decoded"
+        assert isinstance(self._first, MediaInfo)
+        return self._first
 
     def __iter__(self) -> Iterator[MediaWindow]:
         """The windows. Raises: MediaError, or SkippedMedia within the limit, where decoding fails."""
@@ -254,25 +241,32 @@ class LoadedClip:
             self.waited_s += time.perf_counter() - begun
         raise self._failure
 
-    def _produce(self) -> Iterator[MediaInfo | MediaWindow]:
-        """The info, then the windows."""
+    def _produce(self) -> Iterator[MediaInfo | MediaWindow | Entry]:
+        """The info, then the windows; or the cached entry alone."""
+        if self._lookup is not None and (entry := self._lookup(self.sample)) is not None:
+            yield entry
+            return
+        shrink = self._dataset.shrink
         with self._dataset.open(self.sample) as reader:
             yield reader.info
-            yield from reader
+            for window in reader:
+                if shrink is not None and window.frames is not None and len(window.frames):
+                    window = replace(window, frames=shrink(window.frames), shrunk=True)
+                yield window
 
-    def _from_thread(self) -> Iterator[MediaInfo | MediaWindow]:
+    def _from_thread(self) -> Iterator[MediaInfo | MediaWindow | Entry]:
         """The same, produced by a thread that starts now."""
         thread = threading.Thread(target=self._fill, daemon=True, name=f"decode {self.sample.id}")
         thread.start()
         return self._drain()
 
-    def _drain(self) -> Iterator[MediaInfo | MediaWindow]:
+    def _drain(self) -> Iterator[MediaInfo | MediaWindow | Entry]:
         while True:
+            if self._stop.is_set():
+                raise RuntimeError("this clip was closed: the loader has gone on to the next one")
             try:
                 found = self._queue.get(timeout=0.5)
             except queue.Empty:
-                if self._stop.is_set():
-                    raise RuntimeError("this clip was closed: the loader has gone on to the next one") from None
                 continue
             if isinstance(found, Exception):
                 raise found
@@ -286,7 +280,7 @@ class LoadedClip:
         except Exception as error:  # handed to the thread that reads the windows
             self._put(error)
 
-    def _put(self, found: MediaInfo | MediaWindow | Exception) -> bool:
+    def _put(self, found: MediaInfo | MediaWindow | Entry | Exception) -> bool:
         """Whether there was room for it before `close`."""
         while not self._stop.is_set():
             try:
@@ -305,6 +299,8 @@ class StreamLoader:
         seed: of the order.
         world, rank: number of processes, and which this is; all get the same number of clips.
         broken: counts broken files; by default against `DataConfig.max_broken`, without a list.
+        lengths: of all samples: clips that ranks run at the same time are of similar length. None: shuffled.
+        lookup: see `LoadedClip`.
 
     Attributes:
         position: clips handed out so far by this rank, over all epochs: the state to save.
@@ -312,18 +308,28 @@ class StreamLoader:
     """
 
     def __init__(
-        self, dataset: StreamDataset, seed: int = 0, world: int = 1, rank: int = 0, broken: BrokenMedia | None = None
+        self,
+        dataset: StreamDataset,
+        seed: int = 0,
+        world: int = 1,
+        rank: int = 0,
+        broken: BrokenMedia | None = None,
+        *,
+        lengths: Sequence[float] | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
-        self.dataset, self.position = dataset, 0
+        self.dataset, self.position, self.lengths = dataset, 0, lengths
         self.broken = BrokenMedia(dataset.config.max_broken) if broken is None else broken
-        self._seed, self._world, self._rank = seed, world, rank
+        self.seed, self.world, self.rank, self._lookup = seed, world, rank, lookup
         self._handed_out_s = 0.0
         self._current: LoadedClip | None = None
+        self._ahead: deque[LoadedClip] = deque()
+        self._epoch, self._order = -1, list[int]()
 
     @property
     def clips_per_epoch(self) -> int:
         """Clips of an epoch for this rank."""
-        return -(-len(self.dataset) // self._world)
+        return -(-len(self.dataset) // self.world)
 
     @property
     def waited_s(self) -> float:
@@ -333,7 +339,22 @@ class StreamLoader:
     def sample_at(self, position: int) -> Sample:
         """The sample that is handed out as number `position`."""
         epoch, index = divmod(position, self.clips_per_epoch)
-        return self.dataset[epoch_order(len(self.dataset), self._seed, epoch, self._world, self._rank)[index]]
+        if epoch != self._epoch:
+            where = (self.seed, epoch, self.world, self.rank)
+            lengths = self.lengths
+            self._order = epoch_order(len(self.dataset), *where) if lengths is None else balanced_order(lengths, *where)
+            self._epoch = epoch
+        return self.dataset[self._order[index]]
+
+    def load(self, sample: Sample) -> LoadedClip:
+        """A clip to be decoded when asked, whatever is cached of it."""
+        return LoadedClip(self.dataset, sample, self.broken, 0)
+
+    def interrupt(self) -> None:
+        """End the decoding of all clips that are open. Safe from another thread than the one that iterates, which then
+        gets a RuntimeError where it would have waited."""
+        for clip in list(self._ahead):
+            clip.close()
 
     def clips(self, start: int = 0, stop: int | None = None) -> Iterator[LoadedClip]:
         """Clips from number `start` on, without end or up to `stop`. A clip is closed when the next one is asked for.
@@ -342,13 +363,13 @@ class StreamLoader:
 
         Raises: UserError if every clip turned out to be broken.
         """
-        config, ahead = self.dataset.config, deque[LoadedClip]()
+        config, ahead = self.dataset.config, self._ahead
         self.position = following = start
         depth = config.prefetch_windows if config.workers else 0
         try:
             while stop is None or self.position < stop:
                 while len(ahead) < max(1, config.workers) and (stop is None or following < stop):
-                    ahead.append(LoadedClip(self.dataset, self.sample_at(following), self.broken, depth))
+                    ahead.append(LoadedClip(self.dataset, self.sample_at(following), self.broken, depth, self._lookup))
                     following += 1
                 self._current = ahead[0]
                 self.position += 1
@@ -362,5 +383,5 @@ class StreamLoader:
                         remedy="see what is wrong with the first of them: data.max_broken=0",
                     )
         finally:
-            for clip in ahead:
-                clip.close()
+            self.interrupt()
+            ahead.clear()

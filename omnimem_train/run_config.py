@@ -27,6 +27,9 @@ MAY_CHANGE = (
     "config.data.prefetch_windows",
     "config.data.time_limit_s",
     "config.data.max_broken",
+    "config.data.encode_ahead",
+    "config.data.cache",
+    "config.data.cache_gib",
     "config.model.device",
 )
 

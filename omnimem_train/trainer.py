@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
 from omnimem_train.budget_sampling import BudgetSampler, Draw
@@ -30,7 +30,7 @@ from omnimem_train.checkpoint import (
     save_checkpoint,
 )
 from omnimem_train.config import save_resolved, to_plain
-from omnimem_train.data import BrokenMedia, DataConfig, StreamDataset, StreamLoader, load_manifest
+from omnimem_train.data import DataConfig, load_manifest
 from omnimem_train.errors import UserError
 from omnimem_train.models.importance import add_importance_head, load_importance_head, trained_parameters
 from omnimem_train.models.interface import MediaInfo, StreamingModel
@@ -41,7 +41,7 @@ from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
 from omnimem_train.runlock import run_lock
 from omnimem_train.runlog import Meter, RunLog
 from omnimem_train.session import model_fingerprint
-from omnimem_train.source import ClipSource, MakeSource, StreamSource
+from omnimem_train.source import MakeSource, StreamSource, clip_source
 from omnimem_train.step import StepResult, StreamingStep
 from omnimem_train.streaming import Stream
 
@@ -85,7 +85,11 @@ def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSour
     if config.loss.retention > 0:
         add_importance_head(model)
     model.module.train()
-    source = make_source(model) if make_source else clip_source(samples, config, model, world, rank)
+    if make_source:
+        source = make_source(model)
+    else:
+        share = broadcast_object_list
+        source = clip_source(samples, config.data, config.encoder, model, t.output, t.seed, rank, world, share)
     sampler = BudgetSampler(config.budgets, config.memory.chunk_tokens)
     weights = [p for p in model.module.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(weights, t.lr, (t.beta1, t.beta2), t.eps, t.weight_decay)
@@ -269,15 +273,6 @@ def read_samples(data: DataConfig) -> list[Any]:
     return load_manifest(data.manifest, data.media_root)
 
 
-def clip_source(samples: list[Any], config: RunConfig, model: StreamingModel, world: int, rank: int) -> ClipSource:
-    """The clips of the manifest, as this rank sees them."""
-    data = config.data
-    dataset = StreamDataset(samples, data, model.window_s(data.fps), model.sampling_rate)
-    broken = BrokenMedia(data.max_broken, config.train.output / f"broken-rank{rank}.jsonl")
-    loader = StreamLoader(dataset, config.train.seed, world, rank, broken)
-    return ClipSource(loader, model, data.fps, config.encoder)
-
-
 def find_resume(t: TrainConfig) -> Path | None:
     """The checkpoint to go on from, or None for a new run."""
     if t.resume == "never":
@@ -339,6 +334,8 @@ def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:
         config.train.steps * step_clips / samples,
         f"{config.train.steps} steps x {step_clips} clips / {samples} samples",
     )
+    for name, value, how in run.source.facts(config.memory.chunk_tokens):
+        log.derived(name, value, how)
     question, rendered = run.source.example()
     learned = rendered.ids[rendered.labels != -100]
     if not len(learned):

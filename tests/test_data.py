@@ -15,6 +15,7 @@ import soundfile
 from clips import frame_numbers, numbered_frames, tone, write_media
 
 from omnimem_train.benchmarks import PROMPTS, load_choices
+from omnimem_train.clip_order import epoch_order, epoch_repeats
 from omnimem_train.data import (
     BrokenMedia,
     DataConfig,
@@ -22,8 +23,6 @@ from omnimem_train.data import (
     SkippedMedia,
     StreamDataset,
     StreamLoader,
-    epoch_order,
-    epoch_repeats,
 )
 from omnimem_train.errors import UserError
 from omnimem_train.manifest import load_manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from omnimem_train.budget_sampling import BudgetSampling, Draw
 from omnimem_train.checkpoint import checkpoints, read_meta, step_of
+from omnimem_train.cli import main
 from omnimem_train.config import load_config
 from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError
@@ -212,6 +214,38 @@ def test_two_processes_teach_the_same_importance(recipe: Path, tmp_path: Path) -
     assert {row["budget"] > 0 for row in read_metrics(two / "metrics.jsonl")} == {False, True}
     assert adapter(one)["omnimem_importance"].any()
     assert largest_difference(adapter(one), adapter(two)) < 1e-4
+
+
+def test_encoding_ahead_and_caching_change_no_number(
+    recipe: Path, one: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Filled by a command, by a run, or not at all; and a run may go on with other settings of both."""
+    same, cache = ("lora.dropout=0", "data.encode_ahead=1"), f"data.cache={tmp_path / 'cache'}"
+    assert main(["cache", str(recipe), cache, f"train.output={tmp_path / 'filled'}"]) == 0
+    assert "stored=6" in capsys.readouterr().out
+    ahead = run(recipe, tmp_path / "ahead", *same, cache)
+    assert largest_difference(adapter(one), adapter(ahead)) == 0
+    assert len(list((tmp_path / "cache").glob("*/index.json"))) == 6
+    from_half = f"train.resume={one / 'checkpoints' / 'step-00000002'}"
+    resumed = run(recipe, tmp_path / "resumed", *same, cache, from_half)
+    assert largest_difference(adapter(one), adapter(resumed)) == 0
+    assert main(["cache", str(recipe)]) == 2
+    assert "data.cache=FOLDER" in capsys.readouterr().err
+
+
+def test_ranks_run_clips_of_similar_length(recipe: Path, world: Path, tmp_path: Path) -> None:
+    """As the manifest states lengths; the run says how many forwards are empty, now and without."""
+    entries = json.loads((world / "train.json").read_text())
+    for seconds, entry in zip((5, 40, 12, 38, 6, 11), entries, strict=True):
+        entry |= {"duration_s": seconds, "video": str(world / entry["video"])}
+    manifest = tmp_path / "lengths.json"
+    manifest.write_text(json.dumps(entries))
+    options = (f"data.manifest={manifest}", "data.balance=length", "train.accumulation=1", "data.encode_ahead=1")
+    done = launch(recipe, tmp_path / "run", *options, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = next(line for line in done.stdout.splitlines() if line.startswith("empty forwards"))
+    now, before = (float(text) for text in re.findall(r"([\d.]+)%", said))
+    assert now < before
 
 
 def test_zero_2_equals_one_process_and_resumes(recipe: Path, one: Path, tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ class OmniEncoder(MediaEncoder):
         if count and window.frames is not None:
             frames = torch.from_numpy(window.frames)
             if self.n_frames == 0:
-                self.size = smart_resize(frames.shape[1], frames.shape[2], self.settings)
+                height, width = frames.shape[1:3]
+                self.size = (height, width) if window.shrunk else smart_resize(height, width, self.settings)
                 self.frames = torch.zeros(0, 3, *self.size, dtype=torch.uint8)
             self.frames = torch.cat([self.frames, resize(frames, *self.size)])
             self.n_frames += count

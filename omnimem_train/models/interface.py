@@ -63,6 +63,7 @@ class MediaWindow:
             file lies at i / rate; a window holds those from round(start_s * rate) to round(end_s * rate), as far as the
             sound goes: m is smaller where it ends, and 0 after that.
         last: True for the last window of the file.
+        shrunk: the frames went through `StreamingModel.shrink`.
     """
 
     start_s: float
@@ -70,6 +71,7 @@ class MediaWindow:
     frames: np.ndarray | None
     samples: np.ndarray | None
     last: bool = False
+    shrunk: bool = False
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,16 @@ class StreamingModel(ABC):
         """
         return {}
 
+    def shrink(self, frames: np.ndarray, **options: Any) -> np.ndarray:
+        """(n, height, width, 3) uint8 frames resized as an encoder opened with `options` does, which leaves them as
+        they are in a window marked `shrunk`. For whoever keeps frames waiting; unchanged where a model does not offer
+        it."""
+        return frames
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """What decides how media becomes tokens besides weights, tokenizer and encoder options."""
+        return {"config": _without_names(self.module.config.to_dict())}  # type: ignore[operator, union-attr]
+
     @abstractmethod
     def window_s(self, fps: float) -> float:
         """Seconds of a window; encoding window by window, cut at multiples of this, is exact."""
@@ -297,8 +309,8 @@ class StreamingModel(ABC):
         to where the answer begins)."""
 
     @abstractmethod
-    def tokens_per_s(self, info: MediaInfo, fps: float) -> dict[str, float]:
-        """Tokens a second of "visual" and "audio" for such a file."""
+    def tokens_per_s(self, info: MediaInfo, fps: float, **options: Any) -> dict[str, float]:
+        """Tokens a second of "visual" and "audio" for such a file; `options` may hold the pixel limits of `open`."""
 
     def language_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Named modules of the language model alone (where adapters go); names relative to `module`."""
@@ -341,6 +353,12 @@ def check_text(text: Any, control_tokens: Iterable[str]) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the text {text[:60]!r} is not valid Unicode", str(error), "write it as UTF-8") from error
+
+
+def _without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without where it came from and which version wrote it."""
+    kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+    return {k: _without_names(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
 
 
 def check_options(encoder: type[MediaEncoder], options: Iterable[str]) -> None:

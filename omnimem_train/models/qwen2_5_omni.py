@@ -33,7 +33,7 @@ from omnimem_train.models.interface import (
 )
 from omnimem_train.models.layout import BLOCK_POSITIONS, POSITIONS_PER_S
 from omnimem_train.models.loading import find_file, read_json
-from omnimem_train.models.preprocess import Settings, peak_log_mel, read_settings, smart_resize
+from omnimem_train.models.preprocess import Settings, peak_log_mel, read_settings, resize, smart_resize
 from omnimem_train.models.segments import NAME as SEGMENTS
 
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -177,6 +177,16 @@ class Qwen2_5OmniStreaming(StockDecoder, StreamingModel):
             height, width = smart_resize(info.height, info.width, settings)
             visual = height * width / settings.factor**2 * fps / settings.pairing
         return {"visual": visual, "audio": float(POSITIONS_PER_S) if info.has_audio else 0.0}
+
+    def shrink(self, frames: np.ndarray, **options: Any) -> np.ndarray:
+        """As in the interface; `options` may hold the pixel limits of `open`."""
+        settings = self.video_settings(options.get("min_pixels"), options.get("max_pixels"))
+        size = smart_resize(frames.shape[1], frames.shape[2], settings)
+        return resize(torch.from_numpy(frames), *size).permute(0, 2, 3, 1).contiguous().numpy()
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """As in the interface, with the preprocessing."""
+        return super().encoding_settings() | {"preprocessing": repr(self.preprocessing)}
 
     def video_settings(self, min_pixels: int | None = None, max_pixels: int | None = None) -> Settings:
         """The checkpoint's preprocessing with other pixel limits where given. A maximum below the checkpoint's minimum

@@ -89,9 +89,38 @@ SHAPES = {
 }
 
 
-def make_model(shape: Shape, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> StreamingModel:
-    """A stock thinker of `shape` with random weights, frozen, behind the package's own interface."""
-    module = make_thinker(shape, device, dtype)
+REAL_TOWERS: dict[str, dict[str, Any]] = {
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "window_size": 112,
+    },
+    "audio_config": {
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "d_model": 1280,
+        "output_dim": 3584,
+        "n_window": 100,
+    },
+}
+"""Those of Qwen2.5-Omni-7B."""
+
+
+def make_model(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    towers: dict[str, dict[str, Any]] | None = None,
+) -> StreamingModel:
+    """A stock thinker of `shape` with random weights, frozen, behind the package's own interface. `towers` replaces
+    values of the encoders' configurations."""
+    module = make_thinker(shape, device, dtype, towers)
     module.to(device).eval().requires_grad_(False)
     fill(module)
     model = Qwen2_5OmniStreaming(module, tiny_tokenizer(), Settings(), attention)
@@ -100,10 +129,17 @@ def make_model(shape: Shape, device: torch.device, dtype: torch.dtype, attention
     return model
 
 
-def make_thinker(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+def make_thinker(
+    shape: Shape, device: torch.device, dtype: torch.dtype, towers: dict[str, dict[str, Any]] | None = None
+) -> Any:
     """A stock thinker as its class makes it, on `device`."""
     config = thinker_config(shape.size, tiny_tokenizer())
     config.text_config.vocab_size = shape.vocabulary
+    for part, values in (towers or {}).items():
+        for name, value in values.items():
+            if not hasattr(getattr(config, part), name):
+                raise ValueError(f"{part} has no {name}")
+            setattr(getattr(config, part), name, value)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

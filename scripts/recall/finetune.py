@@ -307,6 +307,10 @@ class WorldSource:
             self.position += 1
             yield self.encoder.stream(self.media[clips.to(self.media.device)], seconds, turns)
 
+    def facts(self, chunk_tokens: int) -> list[tuple[str, object, str]]:
+        """Nothing that is not said elsewhere."""
+        return []
+
     def prefixes(self) -> Iterable[str]:
         """No text stands before the media."""
         return [""]

@@ -78,6 +78,10 @@ class VideoSalmonn2Streaming(VideoSalmonn2Decoder, StreamingModel):
         """Smallest multiple of 2 s that holds whole frame pairs. Sound is gathered to its 30 s by the encoder."""
         return paired_window_s(fps)
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """As in the interface, with the rules for pictures."""
+        return super().encoding_settings() | {"pictures": repr(self.processor.rules)}
+
     def render(self, turn: Turn) -> RenderedTurn:
         """The ids of a turn, a newline before the first question; answers with the <|im_end|> and newline that close
         them are learned.
