@@ -19,6 +19,7 @@ from layers import ADAPTED_LAYER_CASES, ADAPTED_PROFILE_CASES, LAYER_CASES
 from measure import Clock, Results, versions
 from pieces import PIECE_CASES
 from quantised import QUANTISED_CASES
+from recorded import RECORDED_CASES
 from selection import PROFILE_CASES, SELECTION_CASES
 from shape import SHAPES
 
@@ -31,6 +32,7 @@ CASES: dict[str, Callable[[Bench], None]] = (
     | LAYER_CASES
     | SELECTION_CASES
     | ADAPTED_LAYER_CASES
+    | RECORDED_CASES
     | LORA_CASES
     | QUANTISED_CASES
     | ADAPTED_PROFILE_CASES

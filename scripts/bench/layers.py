@@ -140,36 +140,6 @@ def profile_step(bench: Bench) -> None:
     print("wrote", path)
 
 
-def graphs(bench: Bench) -> None:
-    """A step on a third of the stream with chunks recorded and replayed, against the same launch by launch: relative
-    difference of loss and gradients, seconds of both, and memory that is set aside."""
-    parameters = with_lora(bench)
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.01, generator=torch.Generator(p.device).manual_seed(0))
-    shape, spec = bench.shape, bench.spec("perturbation")
-    stream, found, before = encoded(bench, shape.tokens // shape.chunk // 3 * shape.chunk), {}, bench.model.graphs
-
-    def run() -> list[Tensor]:
-        result = StreamingStep(bench.model, LossConfig())(stream, spec, Gradient("all"))
-        result.loss.backward()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        clear(parameters)
-        return [result.loss.detach(), torch.cat([g.flatten() for g in gradients])]
-
-    for recorded in (False, True):
-        bench.model.graphs = recorded
-        label = "step_third" + ".graphs" * recorded
-        run()
-        found[recorded] = run()
-        bench.add(label, bench.clock.samples(run, 3))
-        if bench.device.type == "cuda":
-            bench.add_peak(label, torch.cuda.max_memory_reserved() / 2**30)
-    bench.model.graphs = before
-    for name, plain, other in zip(("loss", "gradients"), found[False], found[True], strict=True):
-        error = float((plain.double() - other.double()).norm() / plain.double().norm())
-        bench.results.add(f"step_third.difference.{name}{bench.suffix}", error, "relative")
-
-
 LAYER_CASES: dict[str, Callable[[Bench], None]] = {"attention": attention_calls}
-ADAPTED_LAYER_CASES: dict[str, Callable[[Bench], None]] = {"layers": layers, "graphs": graphs}
+ADAPTED_LAYER_CASES: dict[str, Callable[[Bench], None]] = {"layers": layers}
 ADAPTED_PROFILE_CASES: dict[str, Callable[[Bench], None]] = {"profile_step": profile_step}
