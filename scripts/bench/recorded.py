@@ -15,7 +15,7 @@ from omnimem_train.streaming import Gradient
 
 def graphs(bench: Bench) -> None:
     """A step on a third of the stream with chunks recorded and replayed, against the same launch by launch: relative
-    difference of loss and gradients (beside that of two runs launch by launch: attention's gradients are added up in any
+    difference of loss and gradients (beside that of two plain runs: gradients of attention are added up in any
     order), seconds of both, and memory that is set aside."""
     parameters = with_lora(bench)
     for p in parameters:
