@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench" / "bench.py"
@@ -50,6 +52,22 @@ def test_a_run_adds_to_what_was_measured(tmp_path: Path) -> None:
     assert rows["prefill.sliding_window.again"]["note"].startswith("extrapolated")
     assert "no time left for peak" in run(tmp_path, "--budget-s", "0").stdout
     assert "unknown cases: pek" in run(tmp_path, "--cases", "pek").stderr
+
+
+def test_a_cap_counts_what_lies_outside_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 GiB, 5 are taken and 4 of them by torch: 1 lies outside, so 23 are left of 24; afterwards all again."""
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    quantised: Any = importlib.import_module("quantised")
+    shares: list[float] = []
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (75 * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 4 * gib)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
+    with pytest.raises(torch.OutOfMemoryError), quantised.capped(torch.device("cuda"), 24.0):
+        assert shares == [23 / 80]
+        raise torch.OutOfMemoryError
+    assert shares == [23 / 80, 1.0]
 
 
 def bench_module(name: str) -> Any:

@@ -58,12 +58,13 @@ def capped(device: torch.device, limit_gib: float | None) -> Iterator[None]:
     if device.type != "cuda" or limit_gib is None:
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((limit_gib * GIB - outside(device)) / total, device)
+    total = torch.cuda.mem_get_info(device)[1]
+    share = min(1.0, (limit_gib * GIB - outside(device)) / total)
+    torch.cuda.set_per_process_memory_fraction(share, device.index)  # takes no device without an index
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
 def outside(device: torch.device) -> int:
