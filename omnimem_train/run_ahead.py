@@ -43,7 +43,7 @@ def run_ahead(
     def work() -> None:
         try:
             if stream is not None:
-                torch.cuda.set_device(device)  # of this thread
+                torch.cuda.set_device(stream.device)  # of this thread
             with nullcontext() if stream is None else torch.cuda.stream(stream), closing(make()) as items:
                 while slots.acquire() and not stop.is_set():
                     found: Any = next(items, stop)

@@ -108,10 +108,11 @@ class ClipSource:
         """Encoded clips from number `start` on. A broken file within the declared limit is passed over; it is counted
         and listed by the loader."""
         device, depth = self.model.device, self.ahead
-        numbered = self._encoded(start)
-        if depth:
-            numbered = run_ahead(lambda: self._encoded(start), depth, device, self.loader.interrupt)
-        with closing(numbered):
+
+        def encoded() -> Generator[tuple[EncodedStream, int], None, None]:
+            return self._encoded(start)
+
+        with closing(run_ahead(encoded, depth, device, self.loader.interrupt) if depth else encoded()) as numbered:
             while True:
                 begun = time.perf_counter()
                 stream, self.position = next(numbered)
@@ -227,7 +228,7 @@ def clip_source(
         UserError: a cache folder that cannot be used.
     """
     lengths: list[list[float] | None] = [None]
-    if data.balance == "length":
+    if data.balance == "length" and world > 1:
         if rank == 0:
             lengths = [clip_lengths(samples, data, output / "lengths.json")]
         share(lengths)

@@ -106,17 +106,16 @@ def parts(rig: Rig) -> None:
         turn = TimedTurn(rig.model.render(Turn("What is shown?", "A square and a tone.")))
         return encode_stream(encoder, grouped(repeated(small, repeats), [], at_once), [turn], rig.model.device)
 
-    warm = encode(data.encode_windows, 1)
-    rig.train(warm)
+    rig.train(encode(data.encode_windows, 1))  # warms up
+    rig.add("encode.1_window", [n * rig.clock.once(lambda: encode(1, 1))], note="a window at a time, from a part")
+    made: list[EncodedStream] = []
     with timed_towers(rig) as towers:
-        whole_s = rig.clock.once(lambda: encode(data.encode_windows, n))
+        whole_s = rig.clock.once(lambda: made.append(encode(data.encode_windows, n)))
     rig.add("encode", [whole_s], note=f"{data.encode_windows} windows at once; synchronised at each call of a tower")
     for name, seconds in towers.items():
         rig.add(f"encode.{name}", [seconds])
-    rig.add("encode.1_window", [n * rig.clock.once(lambda: encode(1, 1))], note="a window at a time, from a part")
-    stream = encode(data.encode_windows, n)
-    rig.results.add("data.tokens", stream.n_tokens, "tokens", better="higher")
-    step_parts(rig, stream)
+    rig.results.add("data.tokens", made[0].n_tokens, "tokens", better="higher")
+    step_parts(rig, made.pop())
 
 
 def decoded(rig: Rig) -> tuple[list[MediaWindow], MediaInfo]:
@@ -171,17 +170,14 @@ def timed_towers(rig: Rig) -> Iterator[dict[str, float]]:
 
 
 def step_parts(rig: Rig, stream: EncodedStream) -> None:
-    """Forward with and without scoring, backward, optimizer, on the whole clip."""
+    """Forward without and with scoring, backward, optimizer, on the whole clip."""
     memory, gradient = rig.config.memory, rig.config.gradient
     plain = memory.replace(selector="sliding_window", selector_options={})
-    with torch.no_grad():
-        stream_s = rig.clock.once(lambda: rig.step(stream, plain, gradient))
-        scored_s = rig.clock.once(lambda: rig.step(stream, memory, gradient))
-    rig.add("stream", [stream_s], note="forward without scoring")
-    rig.add("select", [scored_s - stream_s], note=f"what {memory.selector} takes more than sliding_window")
+    stream_s = rig.clock.once(lambda: rig.step(stream, plain, gradient))
     out: list[Tensor] = []
     forward_s = rig.clock.once(lambda: out.append(rig.step(stream, memory, gradient).loss))
-    rig.add("forward", [forward_s], note="with what is kept for the way back")
+    rig.add("stream", [stream_s], note="forward without scoring")
+    rig.add("select", [forward_s - stream_s], note=f"what {memory.selector} takes more than sliding_window")
     rig.add("backward", [rig.clock.once(lambda: out[0].backward())], note=f"through the last {gradient.chunks} chunks")
     rig.add("optimizer", [rig.clock.once(rig.optimizer.step)])
     rig.optimizer.zero_grad()
