@@ -16,7 +16,7 @@ from omnimem_train.errors import UserError
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.models.attention import NAME
 from omnimem_train.models.fused import fuse
-from omnimem_train.models.interface import Tap
+from omnimem_train.models.interface import Gathering, Tap
 
 DEEPSTACK = "deepstack"
 """Name of the extras (B, n, layers, E) that are added to the output of layers 0, 1, ...; 0 for tokens without any."""
@@ -35,6 +35,8 @@ class StockDecoder:
     Raises:
         UserError: the decoder uses a sliding window, which a memory between chunks does not support.
     """
+
+    gathering: Gathering | None = None
 
     def __init__(self, module: nn.Module, text: nn.Module, head: nn.Module, attention: str = "sdpa") -> None:
         self.module, self.attention = module, attention
@@ -94,6 +96,8 @@ class StockDecoder:
                 cause="it silently drops caches; streams checkpoint whole chunks instead",
                 remedy="call gradient_checkpointing_disable() on the model",
             )
+        if self.gathering is not None:
+            self.gathering.before(layer)
         out = block(
             hidden,
             attention_mask=None,
@@ -105,16 +109,17 @@ class StockDecoder:
         )
         out = out[0] if isinstance(out, tuple) else out
         features = extras.get(DEEPSTACK)
-        if features is None or layer >= features.shape[2]:
-            return out
-        return out + features[:, :, layer].to(out.dtype)
+        if features is not None and layer < features.shape[2]:
+            out = out + features[:, :, layer].to(out.dtype)
+        return out if self.gathering is None else self.gathering.after(layer, out, tap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and output matrix: (..., E) -> (..., vocabulary)."""
         return self._head(self._text.norm(hidden))
 
     def output_weight(self, layer: int) -> Tensor:
-        """(E, H * D) output projection of a layer's attention, adapters included, detached.
+        """(E, H * D) output projection of a layer's attention, adapters included, detached. With weights spread over
+        processes it can be asked for only between that layer and the next (see `Gathering`).
 
         With adapters that are being trained it is computed anew with each call: optimizers that write through `.data`
         (DeepSpeed) leave no trace by which a stored one could be known to be stale.
