@@ -40,7 +40,6 @@ def make_accelerator(t: TrainConfig) -> Accelerator:
     if t.deepspeed is not None:
         if not t.deepspeed.is_file():
             raise UserError(f"there is no DeepSpeed configuration {t.deepspeed}", remedy="correct train.deepspeed")
-        # the model is loaded whole, then partitioned; transformers must not do it while it loads
         plugin = DeepSpeedPlugin(hf_ds_config=str(t.deepspeed), zero3_init_flag=False)
     # without a GPU accelerate names no backend for DeepSpeed, and every process would take itself for the only one
     gloo = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
@@ -54,6 +53,8 @@ def make_accelerator(t: TrainConfig) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         check_deepspeed(settings, t)
+        # transformers looks at this object and would partition with ZeRO-3 while it loads; here that comes afterwards
+        accelerator.state.deepspeed_plugin.dschf = None
         # nothing here is a DataLoader from which the engine could read these
         settings |= {
             "train_micro_batch_size_per_gpu": 1,

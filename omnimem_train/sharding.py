@@ -145,7 +145,7 @@ class Rota:
 
     def _announce(self, busy: bool) -> bool:
         """Whether any process has something to run. One that is busy does not wait for the answer."""
-        told = torch.tensor(int(busy), device=self.device)
+        told = torch.full((), int(busy), dtype=torch.int32, device=self.device)
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
         if busy or not bool(told):
             return busy

@@ -284,6 +284,12 @@ def preflight(run: Run) -> None:
             f"loss.retention={config.loss.retention} trains an importance that memory.selector does not read",
             remedy="set memory.selector=omnimem and memory.selector_options.importance=learned, or loss.retention=0",
         )
+    if run.rota is not None and not config.gradient.checkpointing:
+        raise UserError(
+            "gradient.checkpointing=false with sharded weights",
+            cause="some gradients would be complete, and reduced, while other layers still have to be gathered",
+            remedy="set gradient.checkpointing=true, or do without train.sharding and ZeRO-3",
+        )
     Stream(model, config.memory, config.gradient, total_tokens=1)
     budgets = Stream(model, config.memory.at(config.budgets.smallest)).chooser.budgets
     info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)

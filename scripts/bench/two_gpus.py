@@ -141,7 +141,7 @@ class Bench:
             return python
         self.ports += 1
         if engine.launcher == "deepspeed":
-            where = ["--num_gpus", "2"] if self.cuda else ["--num_accelerators", "2", "--bind_cores_to_rank"]
+            where = ["--num_gpus" if self.cuda else "--num_accelerators", "2"]
             return [*python, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(self.ports)]
         if engine.launcher == "accelerate" and self.cuda:
             file = str(LAUNCH / "ddp_2gpu.yaml")
