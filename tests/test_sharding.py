@@ -185,6 +185,7 @@ WAYS: dict[str, tuple[dict[str, Any], LossConfig, Gradient]] = {
     "all": ({}, LossConfig(), Gradient("all")),
     "last": ({}, LossConfig(), Gradient("last", chunks=2)),
     "stop_layer": ({}, LossConfig(), Gradient("stop_layer", layer=1)),
+    "stop_at_2": ({}, LossConfig(), Gradient("stop_layer", layer=2)),
     "stop_at_once": ({}, LossConfig(), Gradient("stop_layer", layer=0)),
     "distill": ({}, LossConfig(distill=0.5), Gradient("all")),
     "omnimem": ({"selector": "omnimem", "allocation": "avba"}, LossConfig(), Gradient("all")),

@@ -37,7 +37,7 @@ LAUNCH = HERE.parents[1] / "recipes" / "launch"
 RECIPE = """
 model: {{path: {model}, dtype: {dtype}, device: {device}}}
 lora: {{r: 8, alpha: 16}}
-memory: {{selector: perturbation, budget: 64, chunk_tokens: 48}}
+memory: {{selector: perturbation, budget: 64, chunk_tokens: {chunk}}}
 budgets: {{kind: log_uniform, low: 16, high: 128, full_share: 0.1, chunk_jitter: 0.25}}
 train: {{steps: {steps}, lr: 1e-3, warmup_steps: 4, log_every: 1, save_every: {save}, keep: 9, seed: 3}}
 """
@@ -161,7 +161,8 @@ def losses(bench: Bench) -> None:
     model = make_tiny(bench.work / "model", size="tiny" if bench.cuda else "nano")
     dtype = "bfloat16" if bench.cuda else "float32"
     device = "auto" if bench.cuda else "cpu"
-    recipe.write_text(RECIPE.format(model=model, dtype=dtype, device=device, steps=steps, save=save))
+    chunk = 96 if bench.cuda else 48
+    recipe.write_text(RECIPE.format(model=model, dtype=dtype, device=device, chunk=chunk, steps=steps, save=save))
 
     def begin(name: str, engine: Engine | None, *more: str) -> Job:
         settings = {} if engine is None else engine.settings
@@ -270,7 +271,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="", help="of the throughput, by default 7B on a GPU and tiny on a CPU")
     parser.add_argument("--tokens", type=int, default=0, help="of a stream of the throughput, by default 65,536 (512)")
     parser.add_argument("--budget-s", type=float, default=420.0, help="seconds after which every run is ended")
-    parser.add_argument("--limit-s", type=float, default=150.0, help="seconds of one run at most")
+    parser.add_argument("--limit-s", type=float, default=180.0, help="seconds of one run at most")
     return parser.parse_args()
 
 

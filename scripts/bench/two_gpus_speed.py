@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", default="qwen2.5-omni-7b", choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=65536, help="of each stream")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps")
     parser.add_argument("--deepspeed", type=Path, default=None)
     parser.add_argument("--sharding", default="none")
     parser.add_argument("--budget-s", type=float, default=40.0, help="seconds after which no further step is begun")
