@@ -9,7 +9,7 @@ from typing import Any
 
 from omnimem_train.budget_sampling import BudgetSampling
 from omnimem_train.data import DataConfig
-from omnimem_train.errors import UserError
+from omnimem_train.errors import UserError, nearest
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.loading import ModelConfig
@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "config.data.cache_gib",
     "config.model.device",
 )
+SHARDING = ("none", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class TrainConfig:
         keep: checkpoints kept.
         seed: of adapter weights and data order.
         deepspeed: a DeepSpeed JSON config; None for plain data parallelism (or what `accelerate launch` says).
+        sharding: "none", or "fsdp": FSDP2 spreads the decoder layers' frozen weights over the processes. With several
+            processes, for a model that does not fit otherwise: it saves memory and costs time.
         resume: "never", "auto" (the newest checkpoint of `output`, if there is one), or a checkpoint folder.
     """
 
@@ -69,6 +72,7 @@ class TrainConfig:
     keep: int = 2
     seed: int = 0
     deepspeed: Path | None = None
+    sharding: str = "none"
     resume: str = "never"
 
     def __post_init__(self) -> None:
@@ -86,6 +90,11 @@ class TrainConfig:
                 raise UserError(f"train.{name}={getattr(self, name)} must be from 0 to below 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"train.seed={self.seed} must be from 0 to {2**32 - 1}")
+        if self.sharding not in SHARDING:
+            raise UserError(
+                f"train.sharding={self.sharding}{nearest(self.sharding, SHARDING)}",
+                remedy=f"choose one of: {', '.join(SHARDING)} (ZeRO-3 is a matter of train.deepspeed)",
+            )
         if not 0 <= self.min_lr_share <= 1:
             raise UserError(f"train.min_lr_share={self.min_lr_share} is not a share between 0 and 1")
 

@@ -241,10 +241,11 @@ def _told(question: Question) -> Tensor:
 
 
 class StreamingStep(nn.Module):
-    """The module a trainer wraps.
+    """The module a trainer wraps. Its parameters are the weights that are trained, and no others: what is frozen is no
+    business of an engine, which would broadcast, convert or shard it.
 
     Args:
-        model: what is trained; its `module` becomes a submodule, so its weights are this module's.
+        model: what is trained; which of its weights are is decided before this.
         loss: what is minimised.
         adapters_off: context in which the model runs without its adapters (the teacher of a distillation).
     """
@@ -257,7 +258,7 @@ class StreamingStep(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.loss, self.adapters_off = model, loss, adapters_off
-        self.module = model.module
+        self.trained = nn.ParameterList([p for p in model.module.parameters() if p.requires_grad])
 
     def forward(self, encoded: EncodedStream, spec: MemorySpec, gradient: Gradient) -> StepResult:
         """Loss of a stream, or of streams side by side, under one memory spec."""

@@ -138,7 +138,8 @@ class Stream:
         anew: between two streams the weights may have changed."""
         m = self.model
         self.chooser.start()
-        self.graphs = ChunkGraphs(self.passes) if m.graphs else None
+        # weights that are gathered layer by layer do not stay where a recording would look for them
+        self.graphs = ChunkGraphs(self.passes) if m.graphs and m.gathering is None else None
         wants_hidden = "hidden" in self.chooser.selector.needs and not self.spec.unlimited
         empty = LayerMemory.empty(
             batch,

@@ -6,7 +6,7 @@ rank through the model with that memory, and updates the adapter on the answers.
 
 from __future__ import annotations
 
-import os
+import math
 import random
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from omnimem_train.budget_sampling import BudgetSampler, Draw
@@ -31,6 +31,7 @@ from omnimem_train.checkpoint import (
 )
 from omnimem_train.config import save_resolved, to_plain
 from omnimem_train.data import DataConfig, load_manifest
+from omnimem_train.engines import check_saved, is_deepspeed, make_accelerator, make_whole, prepare, shard
 from omnimem_train.errors import UserError
 from omnimem_train.models.importance import add_importance_head, load_importance_head, trained_parameters
 from omnimem_train.models.interface import MediaInfo, StreamingModel
@@ -41,6 +42,7 @@ from omnimem_train.run_config import MAY_CHANGE, RunConfig, TrainConfig
 from omnimem_train.runlock import run_lock
 from omnimem_train.runlog import Meter, RunLog
 from omnimem_train.session import model_fingerprint
+from omnimem_train.sharding import Rota
 from omnimem_train.source import MakeSource, StreamSource, clip_source
 from omnimem_train.step import StepResult, StreamingStep
 from omnimem_train.streaming import Stream
@@ -93,9 +95,12 @@ def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSour
     sampler = BudgetSampler(config.budgets, config.memory.chunk_tokens)
     weights = [p for p in model.module.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(weights, t.lr, (t.beta1, t.beta2), t.eps, t.weight_decay)
+    shapes = {name: tuple(p.shape) for name, p in trained_parameters(model)}
+    numbers = sum(p.numel() for p in model.module.parameters())
+    rota = shard(accelerator, model, t)
     stepper: Any = StreamingStep(model, config.loss, partial(disable_adapter, model))
-    stepper, optimizer = accelerator.prepare(stepper, optimizer)
-    run = Run(config, accelerator, model, base, stepper, optimizer, source, sampler)
+    stepper, optimizer = prepare(accelerator, stepper, optimizer, rota, weights)
+    run = Run(config, accelerator, model, base, stepper, optimizer, source, sampler, shapes, rota)
     seed_rank(t.seed, rank)
     start = run.restore(found) if found else 0
     meter = Meter(accelerator.device)
@@ -106,7 +111,7 @@ def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSour
         RunLog(t.output, rank, total_steps=t.steps, resumed_at=resumed_at) as log,
         closing(source.streams(source.position)) as clips,  # whatever happens, decoding ahead ends with the run
     ):
-        introduce(run, log, modules, sum(p.numel() for p in weights))
+        introduce(run, log, modules, numbers)
         folder = found
         for step in range(start, t.steps):
             draw = sampler.draw(step)
@@ -122,10 +127,12 @@ def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSour
                     result = stepper(encoded, spec, config.gradient)
                     # accelerate divides by the accumulation, the engine averages over ranks; undo both, then divide
                     # by the answer tokens of the whole step
-                    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                    if is_deepspeed(accelerator):
                         check_finite(step, result.loss, None, draw)  # the engine updates inside backward
                     accelerator.backward(result.loss * (world * t.accumulation / targets))
                     note_result(meter, result, config, draw)
+                    if rota is not None:
+                        meter.mean("empty_share", *rota.read())
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(weights, t.max_grad_norm)
                         check_finite(step, result.loss, norm, draw)
@@ -147,7 +154,13 @@ def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSour
 
 @dataclass
 class Run:
-    """What a run consists of, and how it is saved and restored. `base` is the fingerprint of the base model."""
+    """What a run consists of, and how it is saved and restored.
+
+    Attributes:
+        base: fingerprint of the base model.
+        shapes: of the trained weights, before an engine had them.
+        rota: who gathers which layer when, where the frozen weights are sharded.
+    """
 
     config: RunConfig
     accelerator: Accelerator
@@ -157,6 +170,8 @@ class Run:
     optimizer: Any
     source: StreamSource
     sampler: BudgetSampler
+    shapes: dict[str, tuple[int, ...]]
+    rota: Rota | None = None
 
     def sum_over_ranks(self, n: int) -> int:
         """A whole number, summed."""
@@ -173,27 +188,30 @@ class Run:
         return {"config": to_plain(self.config), "memory_fingerprint": self.config.memory.fingerprint()}
 
     def save(self, step: int) -> Path:
-        """Write a checkpoint after `step` steps."""
-        sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        """Write a checkpoint after `step` steps, and read the trained weights in it back."""
+        engine = is_deepspeed(self.accelerator)
         about = {
             "budgets": self.sampler.state_dict(),
             "versions": versions(),
             "lora": to_plain(settings_of(self.model)),
             "base_fingerprint": self.base,
         }
-        return save_checkpoint(
+        folder = save_checkpoint(
             self.config.train.output / "checkpoints",
             step,
             tensors={"adapter": dict(trained_parameters(self.model))},
-            objects={} if sharded else {"optimizer": self.optimizer.state_dict()},
+            objects={} if engine else {"optimizer": self.optimizer.state_dict()},
             rank_objects={"rng": rng_state(), "position": self.source.position},
             meta=self.settings() | about,
             keep=self.config.train.keep,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             barrier=self.accelerator.wait_for_everyone,
-            write=self._save_engine if sharded else None,
+            write=self._save_engine if engine else None,
         )
+        if self.accelerator.is_main_process:
+            check_saved(folder / "adapter.safetensors", dict(trained_parameters(self.model)), self.shapes)
+        return folder
 
     def _save_engine(self, folder: Path) -> None:
         self.stepper.save_checkpoint(str(folder / "deepspeed"), tag="engine", exclude_frozen_parameters=True)
@@ -207,8 +225,9 @@ class Run:
         with torch.no_grad():
             for name, parameter in trained_parameters(self.model):
                 parameter.copy_(held.tensors["adapter"][name])
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if is_deepspeed(self.accelerator):
             self.stepper.load_checkpoint(str(path / "deepspeed"), tag="engine", load_module_strict=False)
+            make_whole(self.stepper)
         else:
             self.optimizer.load_state_dict(held.objects["optimizer"])
         set_rng_state(held.rank_objects["rng"])
@@ -217,49 +236,6 @@ class Run:
 
 
 # Set-up --------------------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(t: TrainConfig) -> Accelerator:
-    """The launcher's environment decides on processes and engine; `train.deepspeed` names an engine configuration.
-
-    Raises:
-        UserError: an engine configuration that is absent or asks for what is not supported.
-    """
-    plugin = None
-    if t.deepspeed is not None:
-        if not t.deepspeed.is_file():
-            raise UserError(f"there is no DeepSpeed configuration {t.deepspeed}", remedy="correct train.deepspeed")
-        plugin = DeepSpeedPlugin(hf_ds_config=str(t.deepspeed))
-    # without a GPU accelerate names no backend for DeepSpeed, and every process would take itself for the only one
-    gloo = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [],
-        mixed_precision="no",
-        gradient_accumulation_steps=t.accumulation,
-        deepspeed_plugin=plugin,
-        step_scheduler_with_optimizer=False,
-    )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        engine = accelerator.state.deepspeed_plugin
-        if engine.zero_stage > 2:
-            raise UserError(
-                f"DeepSpeed ZeRO stage {engine.zero_stage} is not supported yet",
-                cause="streams of unequal length run unequal numbers of chunks, and stage 3 hangs on that",
-                remedy="use stage 2: adapters are small, and the base model is not sharded by it",
-            )
-        # nothing here is a DataLoader from which the engine could read these
-        engine.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": t.accumulation,
-            "gradient_clipping": t.max_grad_norm,
-        }
-    elif t.deepspeed is not None:
-        raise UserError(
-            f"train.deepspeed={t.deepspeed} is set, but accelerate chose {accelerator.distributed_type.value}",
-            cause="DeepSpeed needs a distributed launcher, and accelerate leaves it out when told to use the CPU",
-            remedy="launch with torchrun or deepspeed (on a CPU with DS_ACCELERATOR=cpu, without ACCELERATE_USE_CPU)",
-        )
-    return accelerator
 
 
 def read_samples(data: DataConfig) -> list[Any]:
@@ -304,6 +280,12 @@ def preflight(run: Run) -> None:
             f"loss.retention={config.loss.retention} trains an importance that memory.selector does not read",
             remedy="set memory.selector=omnimem and memory.selector_options.importance=learned, or loss.retention=0",
         )
+    if run.rota is not None and not config.gradient.checkpointing:
+        raise UserError(
+            "gradient.checkpointing=false with sharded weights",
+            cause="some gradients would be complete, and reduced, while other layers still have to be gathered",
+            remedy="set gradient.checkpointing=true, or do without train.sharding and ZeRO-3",
+        )
     Stream(model, config.memory, config.gradient, total_tokens=1)
     budgets = Stream(model, config.memory.at(config.budgets.smallest)).chooser.budgets
     info = MediaInfo(Path(), 1.0, has_video=True, has_audio=True)
@@ -315,8 +297,9 @@ def preflight(run: Run) -> None:
     run.source.check()
 
 
-def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:
-    """Save the resolved configuration, and say what follows from it; check that there is something to learn.
+def introduce(run: Run, log: RunLog, modules: int, numbers: int) -> None:
+    """Save the resolved configuration, and say what follows from it (the model has `numbers` in all); check that there
+    is something to learn.
 
     Raises:
         UserError: the first sample has no supervised token.
@@ -327,7 +310,7 @@ def introduce(run: Run, log: RunLog, modules: int, weights: int) -> None:
     samples = len(run.source)
     step_clips = world * config.train.accumulation
     log.derived("adapted modules", modules, "adapter targets x decoder layers, counted in the model")
-    log.derived("trained weights", weights, f"of {sum(p.numel() for p in run.model.module.parameters()):,}")
+    log.derived("trained weights", sum(math.prod(shape) for shape in run.shapes.values()), f"of {numbers:,}")
     log.derived("clips a step", step_clips, f"{world} processes x {config.train.accumulation} accumulated")
     log.derived(
         "epochs",

@@ -34,7 +34,8 @@ LAYERS = [
     ["plan"],
     ["plan_advice"],
     ["plan_report"],
-    ["checkpoint", "runlog"],
+    ["checkpoint", "runlog", "sharding"],
+    ["engines"],
     ["trainer"],
     ["export", "evaluation", "charts"],
     ["report_eval"],
@@ -45,8 +46,8 @@ RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Third-party packages that only these modules may import (top-level names; transformers is for models alone).
 OWNERS = {
     "peft": {"models.lora"},
-    "accelerate": {"trainer", "cli", "evaluation"},
-    "deepspeed": {"trainer"},
+    "accelerate": {"engines", "trainer", "cli", "evaluation"},
+    "deepspeed": {"sharding"},
     "bitsandbytes": {"models.quantised"},
     "decord": {"media_decode", "media_sound"},
     "av": {"media_decode", "media_sound"},

@@ -16,7 +16,7 @@ from omnimem_train.errors import UserError
 from omnimem_train.memory.positions import Rotary
 from omnimem_train.models.attention import NAME
 from omnimem_train.models.fused import fuse
-from omnimem_train.models.interface import Tap
+from omnimem_train.models.interface import Gathering, Tap
 from omnimem_train.models.quantised import unpacked
 
 DEEPSTACK = "deepstack"
@@ -38,6 +38,7 @@ class StockDecoder:
     """
 
     graphs: bool = False  # see `StreamingModel`
+    gathering: Gathering | None = None
 
     def __init__(self, module: nn.Module, text: nn.Module, head: nn.Module, attention: str = "sdpa") -> None:
         self.module, self.attention = module, attention
@@ -97,19 +98,25 @@ class StockDecoder:
                 cause="it silently drops caches; streams checkpoint whole chunks instead",
                 remedy="call gradient_checkpointing_disable() on the model",
             )
+        if self.gathering is not None:
+            self.gathering.before(layer)
         out = block(hidden, **self._of_attention(rope, tap))
         out = out[0] if isinstance(out, tuple) else out
         features = extras.get(DEEPSTACK)
-        if features is None or layer >= features.shape[2]:
-            return out
-        return out + features[:, :, layer].to(out.dtype)
+        if features is not None and layer < features.shape[2]:
+            out = out + features[:, :, layer].to(out.dtype)
+        return out if self.gathering is None else self.gathering.after(layer, out, tap)
 
     def run_states(
         self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], tap: Tap, extras: Mapping[str, Tensor]
     ) -> None:
         """Norm and projections of a layer; neither its attention nor its MLP is computed."""
         block, tap.states_only = self._text.layers[layer], True
-        block.self_attn(hidden_states=block.input_layernorm(hidden), **self._of_attention(rope, tap))
+        if self.gathering is not None:
+            self.gathering.before(layer)
+        out, _ = block.self_attn(hidden_states=block.input_layernorm(hidden), **self._of_attention(rope, tap))
+        if self.gathering is not None:
+            self.gathering.after(layer, out, tap)
 
     def _of_attention(self, rope: tuple[Tensor, Tensor], tap: Tap) -> dict[str, Any]:
         """What layers hand through to the attention call."""
@@ -121,7 +128,8 @@ class StockDecoder:
         return self._head(self._text.norm(hidden))
 
     def output_weight(self, layer: int) -> Tensor:
-        """(E, H * D) output projection of a layer's attention, adapters included, detached.
+        """(E, H * D) output projection of a layer's attention, adapters included, detached. With weights spread over
+        processes it can be asked for only between that layer and the next (see `Gathering`).
 
         With adapters that are being trained it is computed anew with each call: optimizers that write through `.data`
         (DeepSpeed) leave no trace by which a stored one could be known to be stale.

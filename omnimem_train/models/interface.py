@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -156,6 +156,17 @@ class Tap:
     joined: tuple[Tensor, Tensor] | None = None
 
 
+class Gathering(Protocol):
+    """Puts together the weights of decoder layers that are spread over processes (`omnimem_train.sharding`)."""
+
+    def before(self, layer: int) -> None:
+        """Called before a layer runs."""
+
+    def after(self, layer: int, out: Tensor, tap: Tap) -> Tensor:
+        """Called with what leaves a layer; returns what takes the place of `out`. The layer's weights are whole until
+        the next layer runs."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """A question asked at some time of the stream, and its answer if known.
@@ -228,6 +239,7 @@ class StreamingModel(ABC):
     quantization: str = "none"  # how the decoder's matrices are held; see `omnimem_train.models.quantised`
     tokenizer: Any
     HEAD: ClassVar[str] = "omnimem_importance"  # the parameter of `module` that `importance_head` is
+    gathering: Gathering | None = None  # set where the layers' weights are spread over processes
     adapter: Any = None  # peft's wrapper around `module` once it has an adapter; see `omnimem_train.models.lora`
     graphs: bool = False
     """Record the launches of chunks that repeat and replay them (CUDA graphs), see `omnimem_train.chunk_graphs`."""
