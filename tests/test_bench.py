@@ -64,14 +64,8 @@ def test_a_cap_counts_what_lies_outside_torch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (75 * gib, 80 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 4 * gib)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
-
-    def overfull() -> None:
-        with quantised.capped(torch.device("cuda"), 24.0):
-            assert shares == [23 / 80]
-            raise torch.OutOfMemoryError
-
-    with pytest.raises(torch.OutOfMemoryError):
-        overfull()
+    with quantised.capped(torch.device("cuda"), 24.0):
+        assert shares == [23 / 80]
     assert shares == [23 / 80, 1.0]
 
 

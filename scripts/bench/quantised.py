@@ -53,9 +53,9 @@ def make_packed_model(
 
 
 @contextmanager
-def capped(device: torch.device, limit_gib: float | None) -> Iterator[None]:
+def capped(device: torch.device, limit_gib: float) -> Iterator[None]:
     """Inside, torch takes no more of a GPU than what `limit_gib` leaves beside what CUDA holds itself."""
-    if device.type != "cuda" or limit_gib is None:
+    if device.type != "cuda":
         yield
         return
     total = torch.cuda.mem_get_info(device)[1]
@@ -90,15 +90,23 @@ def packed_step(bench: Bench, name: str, gradient: Gradient, *, whole: bool = Fa
     beside = bytes_beside(own.shape) if whole else 0
     held = torch.empty(beside, dtype=torch.uint8, device=own.device)
     try:
-        with capped(own.device, LIMIT_GIB):
-            measure(own, name, gradient)
-    except torch.OutOfMemoryError as error:
-        print(f"{name}: {str(error).splitlines()[0][:200]}")
-        own.clock.clean()
-        measure(own, name, gradient, note=f"does not fit into {LIMIT_GIB:g} GiB; measured without the cap")
+        if not under_cap(own, name, gradient):
+            own.clock.clean()
+            measure(own, name, gradient, note=f"does not fit into {LIMIT_GIB:g} GiB; measured without the cap")
     finally:
         del held
         release(own)
+
+
+def under_cap(bench: Bench, name: str, gradient: Gradient) -> bool:
+    """`measure` under the cap; False if it does not fit there."""
+    try:
+        with capped(bench.device, LIMIT_GIB):
+            measure(bench, name, gradient)
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: {str(error).splitlines()[0][:200]}")
+        return False
+    return True
 
 
 def measure(bench: Bench, name: str, gradient: Gradient, note: str = "") -> None:
