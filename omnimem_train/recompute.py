@@ -26,7 +26,13 @@ Run = Callable[[Layers, Tensor], Result]
 
 
 def recomputed(
-    run: Run, layers: Layers, snapshot: Snapshot, embeds: Tensor, weights: Sequence[Tensor], learning: int | None = None
+    run: Run,
+    layers: Layers,
+    snapshot: Snapshot,
+    embeds: Tensor,
+    weights: Sequence[Tensor],
+    learning: int | None = None,
+    again: Callable[[], Tensor] | None = None,
 ) -> Result:
     """`run(layers, embeds)`, computed again in the backward pass on what `snapshot` restores.
 
@@ -39,8 +45,9 @@ def recomputed(
         embeds: what the chunk's tokens enter the first layer as.
         weights: everything else `run` reads that may want a gradient.
         learning: memories of how many layers, the first ones, have gradient afterwards; None for all.
+        again: gives the embeddings to the second pass; without it they are held.
     """
-    work = _Work(run, snapshot, embeds, list(weights), learning, _Surroundings.here(embeds))
+    work = _Work(run, snapshot, again or (lambda: embeds), list(weights), learning, _Surroundings.here(embeds))
     first = [layers]
     given = [embeds, *_data(layers), *weights]
     outputs = iter(_Twice.apply(work, first, *given))
@@ -82,7 +89,7 @@ class _Work:
 
     run: Run
     snapshot: Snapshot
-    embeds: Tensor
+    again: Callable[[], Tensor]
     weights: list[Tensor]
     learning: int | None
     surroundings: _Surroundings
@@ -91,7 +98,7 @@ class _Work:
     def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of embeddings, memories and weights (None where `needed` is False), from those of the outputs."""
         layers = self.snapshot.restore()
-        embeds = self.embeds.detach().requires_grad_(needed[0])
+        embeds = self.again().detach().requires_grad_(needed[0])
         kept, more = self.surroundings.again(lambda: self.run(layers, embeds))
         outputs = [*_data(kept), *([] if more is None else [more])]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]

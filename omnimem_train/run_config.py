@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "config.data.time_limit_s",
     "config.data.max_broken",
     "config.model.device",
+    "config.gradient.offload",
 )
 
 

@@ -52,10 +52,13 @@ class ClipSource:
         model: encodes and renders.
         fps: frames a second.
         options: of the model's encoder side.
+        offload: as in `omnimem_train.step.encode_stream`.
     """
 
-    def __init__(self, loader: StreamLoader, model: StreamingModel, fps: float, options: dict[str, Any]) -> None:
-        self.loader, self.model, self.fps, self.options = loader, model, fps, options
+    def __init__(
+        self, loader: StreamLoader, model: StreamingModel, fps: float, options: dict[str, Any], offload: str = "none"
+    ) -> None:
+        self.loader, self.model, self.fps, self.options, self.offload = loader, model, fps, options, offload
 
     @property
     def position(self) -> int:
@@ -81,7 +84,7 @@ class ClipSource:
             turns = [TimedTurn(self.model.render(turn), turn.time_s) for turn in clip.sample.turns]
             try:
                 encoder = self.model.open(clip.info, self.fps, prefix=clip.sample.prefix, **self.options)
-                yield encode_stream(encoder, clip, turns, self.model.device)
+                yield encode_stream(encoder, clip, turns, self.model.device, self.offload)
             except SkippedMedia as error:
                 print(f"skipped: {error}", flush=True)
 

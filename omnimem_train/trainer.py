@@ -275,7 +275,7 @@ def clip_source(samples: list[Any], config: RunConfig, model: StreamingModel, wo
     dataset = StreamDataset(samples, data, model.window_s(data.fps), model.sampling_rate)
     broken = BrokenMedia(data.max_broken, config.train.output / f"broken-rank{rank}.jsonl")
     loader = StreamLoader(dataset, config.train.seed, world, rank, broken)
-    return ClipSource(loader, model, data.fps, config.encoder)
+    return ClipSource(loader, model, data.fps, config.encoder, config.gradient.offload)
 
 
 def find_resume(t: TrainConfig) -> Path | None:
