@@ -155,7 +155,7 @@ class HostMemory:
 
     def arrived(self, tensors: Iterable[Tensor], event: Any) -> None:
         """Let the current stream use `tensors`, which a copy back writes until `event`."""
-        if self._back is not None:
+        if event is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(event)
             for tensor in tensors:
@@ -200,7 +200,7 @@ class HostMemory:
             return copies[-1].copy_(tensor, non_blocking=True)
 
         with self._in(self._back):
-            return block.map(here), copies, None if self._back is None else self._back.record_event()
+            return block.map(here), copies, self._back.record_event() if copies and self._back is not None else None
 
     def _moved(self, block: TokenBlock, copies: list[Tensor], event: Any) -> TokenBlock:
         self.arrived(copies, event)
