@@ -24,14 +24,13 @@ Result = tuple[Layers, Tensor | None]
 
 @dataclass(frozen=True)
 class ChunkInputs:
-    """What a chunk is, beside the embeddings of its tokens.
+    """What a chunk is, beside embeddings and extras of its tokens.
 
     Attributes:
         positions: (B, n, 3) of its tokens, moved to where they are in the compressed stream.
         rope: cos and sin for them, in the form the model's layers take.
         modality, time_s: (B, n) of its tokens.
         index: (B, n) int64, their number in the stream.
-        extras: see `TokenBlock`.
         number: of the chunk in the stream.
         n_text: text tokens among memory and chunk.
     """
@@ -41,7 +40,6 @@ class ChunkInputs:
     modality: Tensor
     time_s: Tensor
     index: Tensor
-    extras: dict[str, Tensor]
     number: int
     n_text: int
 
@@ -80,9 +78,9 @@ class ChunkPass:
                 tap = Tap(memory if memory.n_tokens else None)
                 layer_input = hidden if memory.hidden is not None else None
                 if layer + 1 < len(layers):
-                    hidden = self.model.run_layer(layer, hidden, chunk.rope, tap, chunk.extras)
+                    hidden = self.model.run_layer(layer, hidden, chunk.rope, tap, first.extras)
                 else:  # nothing of a stream's tokens is read after their last keys and values
-                    self.model.run_states(layer, hidden, chunk.rope, tap, chunk.extras)
+                    self.model.run_states(layer, hidden, chunk.rope, tap, first.extras)
                 tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
                 if first_pass:
                     assert tap.queries is not None

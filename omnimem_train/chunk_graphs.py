@@ -59,9 +59,10 @@ class ChunkGraphs:
         """`ChunkPass.run`, the first time and without gradient; None where it is not recorded."""
         if not self._can or torch.is_grad_enabled() or (self._draws and first.notes):
             return None
-        given = [embeds, *_of_chunk(chunk), *self._grams(), *_of_layers(layers)]
-        key = (self._setting, chunk.n_text, first.notes, tuple(chunk.extras), shapes(given))
-        shape = Shape(chunk, [memory.n_tokens for memory in layers], len(self._grams()), first.notes)
+        given = [embeds, *first.extras.values(), *_of_chunk(chunk), *self._grams(), *_of_layers(layers)]
+        key = (self._setting, chunk.n_text, first.notes, tuple(first.extras), shapes(given))
+        n_before = [memory.n_tokens for memory in layers]
+        shape = Shape(chunk, tuple(first.extras), n_before, len(self._grams()), first.notes)
         recorded = self._recorded(self.first, key, lambda inputs: shape.first(self.passes, inputs), given)
         return None if recorded is None else shape.result(recorded(given), first)
 
@@ -81,7 +82,7 @@ class ChunkGraphs:
         """Gradients as `recompute.gradients_of` gives them; None where that is not recorded."""
         rows = first.rows
         steady = all(r is not None and r.shape[-1] == m.n_tokens for r, m in zip(rows, layers, strict=True))
-        if not self._can or self._draws or not first.notes or needed[0] or not steady or chunk.extras:
+        if not self._can or self._draws or not first.notes or needed[0] or not steady or first.extras:
             return None
         memory = [t for m in layers for t in (m.keys, m.values)]
         wanted = [t.requires_grad for t in memory]
@@ -91,8 +92,8 @@ class ChunkGraphs:
 
         def function(inputs: Tensors) -> Tensors:
             held = iter(inputs)
-            again, known = _chunk_from(chunk, next(held), held)
-            noted = FirstPass(True, [_given(next(held)) for _ in range(n_layers)])
+            again, known = _given(next(held)), _chunk_from(chunk, held)
+            noted = FirstPass(again, notes=True, rows=[_given(next(held)) for _ in range(n_layers)])
             data = [_given(next(held)).detach().requires_grad_(flag) for flag in wanted]
             bare = tuple(LayerMemory.bare(*data[2 * i : 2 * i + 2]) for i in range(n_layers))
             with torch.enable_grad(), own_leaves(self.passes.model.module, weights) as leaves:
@@ -126,22 +127,25 @@ class Shape:
 
     Args:
         chunk: gives what is no tensor.
+        extras: their names.
         n_before: tokens of each layer's memory before the chunk.
         n_grams: Gram matrices that are given.
         notes: whether the way back is noted.
     """
 
-    def __init__(self, chunk: ChunkInputs, n_before: list[int], n_grams: int, notes: bool) -> None:
-        self.chunk, self.n_before, self.n_grams, self.notes = chunk, n_before, n_grams, notes
+    def __init__(
+        self, chunk: ChunkInputs, extras: tuple[str, ...], n_before: list[int], n_grams: int, notes: bool
+    ) -> None:
+        self.chunk, self.extras, self.n_before, self.n_grams, self.notes = chunk, extras, n_before, n_grams, notes
 
     def first(self, passes: ChunkPass, inputs: Tensors) -> Tensors:
         """What is recorded."""
         held = iter(inputs)
-        embeds, chunk = _chunk_from(self.chunk, next(held), held)
+        first = FirstPass(_given(next(held)), {name: _given(next(held)) for name in self.extras}, self.notes)
+        chunk = _chunk_from(self.chunk, held)
         passes.chooser.hold([_given(next(held)) for _ in range(self.n_grams)])
         layers = self._layers(held)
-        first = FirstPass(self.notes)
-        kept, _ = passes.run(layers, embeds, chunk, first)
+        kept, _ = passes.run(layers, first.embeds, chunk, first)
         undo = [t for u in first.undo for t in (u.gone, u.keys, u.values)]
         return [*_of_layers(kept), *first.rows, *undo]
 
@@ -151,8 +155,7 @@ class Shape:
         kept = self._layers(held)
         first.rows = [next(held) for _ in self.n_before]
         if self.notes:
-            places = zip(self.n_before, first.rows, strict=True)
-            first.undo = [Undo(n, row, next(held), next(held), next(held)) for n, row in places]
+            first.undo = [Undo(n, next(held), next(held), next(held)) for n in self.n_before]
         return kept, None
 
     def _layers(self, held: Iterator[Tensor | None]) -> Layers:
@@ -179,17 +182,13 @@ def own_leaves(module: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[nn
 
 def _of_chunk(chunk: ChunkInputs) -> list[Tensor]:
     """The tensors of a chunk in a fixed order."""
-    return [chunk.positions, *chunk.rope, chunk.modality, chunk.time_s, chunk.index, *chunk.extras.values()]
+    return [chunk.positions, *chunk.rope, chunk.modality, chunk.time_s, chunk.index]
 
 
-def _chunk_from(like: ChunkInputs, embeds: Tensor | None, held: Iterator[Tensor | None]) -> tuple[Tensor, ChunkInputs]:
-    """Embeddings and a chunk like `like` of the next tensors in `held`."""
+def _chunk_from(like: ChunkInputs, held: Iterator[Tensor | None]) -> ChunkInputs:
+    """A chunk like `like` of the next tensors in `held`."""
     positions, cos, sin, modality, time_s, index = (_given(next(held)) for _ in range(6))
-    extras = {name: _given(next(held)) for name in like.extras}
-    found = replace(
-        like, positions=positions, rope=(cos, sin), modality=modality, time_s=time_s, index=index, extras=extras
-    )
-    return _given(embeds), found
+    return replace(like, positions=positions, rope=(cos, sin), modality=modality, time_s=time_s, index=index)
 
 
 def _of_layers(layers: Layers) -> list[Tensor | None]:

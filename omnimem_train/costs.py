@@ -23,7 +23,9 @@ from omnimem_train.streaming import Gradient
 MARKS = 41
 """Bytes of a remembered token and kv head beside key and value: three positions and an index in int64, time and
 evidence in float32, modality (`LayerMemory`)."""
+MEDIA_MARKS = 29  # bytes of a token of a clip beside its embedding: position, modality, time
 NORMS = 2  # of a layer
+IN_FLIGHT = 2  # chunks whose parts are on the device when the rest waits in host memory: one in use, one on its way
 
 
 INPUT_OF = {
@@ -193,6 +195,11 @@ class StreamStep:
         return self.gradient.kind != "none" and self.gradient.checkpointing
 
     @property
+    def offloads(self) -> bool:
+        """Whether what is stored for recomputations, and the embeddings, are in host memory."""
+        return self.recomputes and self.gradient.offload == "host"
+
+    @property
     def rank(self) -> int:
         """Of the adapter; 0 without one."""
         return 0 if self.lora is None else self.lora.r
@@ -240,6 +247,19 @@ class StreamStep:
             return row * chunk.kept if evicts else 0
         return row * chunk.candidates + s.layers * (chunk.candidates - chunk.kept) * self.token_bytes
 
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of a token's embedding, with what goes along for deeper layers."""
+        return (1 + self.shape.deepstack) * self.shape.hidden * self.itemsize
+
+    def host_bytes(self, clips: int = 1) -> float:
+        """Bytes of host memory: `clips` encoded, and what the chunks of one leave for the backward pass, which is their
+        embeddings too. 0 unless the step offloads."""
+        if not self.offloads:
+            return 0.0
+        left = sum(c.count * (self.left_behind(c) + c.n * self.embedding_bytes) for c in self.chunks if c.due != "none")
+        return left + self.embedding_bytes * self.tokens * clips
+
     def activations(self, chunk: Chunk, *, remembered: bool = True) -> float:
         """Bytes that autograd keeps of a chunk. The last layer with gradient hands on nothing but its keys and values
         when the chunk is `remembered`; the first gets inputs that need no gradient."""
@@ -282,15 +302,17 @@ class StreamStep:
         """
         s = self.shape
         trained = 0 if self.lora is None else s.adapter_weights(self.lora.r, self.lora.targets)
-        width = (1 + s.deepstack) * s.hidden * self.itemsize + 29
         copied = sum(c.n * c.count for c in self.chunks if c.due != "none") if self.window else 0
+        held = self.tokens * clips + copied
+        # with offload of a chunk in use, one on its way in and, in the first pass, one on its way out
+        embedded = min(held, 3 * max((c.n for c in self.chunks), default=0)) if self.offloads else held
         snapshots, activations, passing = max(self._moments(), key=sum)
         passing += self.unpacked
         copies = 1 if self.gradient.kind == "none" else 4 if moments else 2
         return Footprint(
             weights=self.weights(parameters),
             adapter=4 * trained * copies,
-            clips=width * (self.tokens * clips + copied),
+            clips=self.embedding_bytes * embedded + MEDIA_MARKS * held,
             snapshots=snapshots,
             activations=activations,
             passing=passing,
@@ -322,7 +344,10 @@ class StreamStep:
                 continue
             if self.recomputes:  # of the last layer everything is held too, until the recomputation is done
                 made = self.activations(c, remembered=False)
-                left += c.count * self.left_behind(c)
+                if self.offloads:
+                    left = max(left, IN_FLIGHT * self.left_behind(c))
+                else:
+                    left += c.count * self.left_behind(c)
                 before = s.layers * c.candidates * self.token_bytes if self.undoes and c.memory else 0
                 yield left + before, made, kept * (2 if evicts else 1) + turning + 12 * s.hidden * c.n
             else:

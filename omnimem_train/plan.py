@@ -98,6 +98,11 @@ class Request:
         found = [(draw, self.step(draw).footprint(self.shape.parameters, clips)) for draw in self.corners()]
         return max(found, key=lambda pair: pair[1].total)
 
+    def host_bytes(self) -> float:
+        """Bytes of host memory that a process needs at most for what is not on the GPU; 0 unless that is asked for."""
+        clips = self.config.train.accumulation
+        return max(self.step(draw).host_bytes(clips) for draw in self.corners())
+
     def fits(self) -> bool:
         """Whether the largest step fits into the GPU."""
         return self.peak()[1].total <= usable_gib(self.gpu) * 2**30

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from omnimem_train.errors import UserError
 from omnimem_train.plan import Request
 
 SHORTEST_CHUNK, SHORTEST_S = 256, 10.0
@@ -24,12 +25,14 @@ class Remedy:
         peak_gib: predicted with it.
         step_s: predicted seconds of a step; None for a GPU of unknown rates.
         fits: whether it is enough.
+        host_gib: of host memory that each process needs then, beside what a process takes anyway.
     """
 
     overrides: tuple[str, ...]
     peak_gib: float
     step_s: float | None
     fits: bool
+    host_gib: float = 0.0
 
 
 def remedies(asked: Request) -> list[Remedy]:
@@ -45,7 +48,7 @@ def remedies(asked: Request) -> list[Remedy]:
             together |= _turned(_with(asked, together), knob)
     for name in list(together):  # an early knob may have become needless
         fewer = {key: value for key, value in together.items() if key != name}
-        together = fewer if _with(asked, fewer).fits() else together
+        together = fewer if _enough(asked, fewer) else together
     return [*found, _remedy(asked, together)] if together not in (*tried, {}) else found
 
 
@@ -67,7 +70,15 @@ def _remedy(asked: Request, settings: Settings) -> Remedy:
     phases = changed.phases()
     overrides = tuple(f"{name.replace('__', '.')}={_text(value)}" for name, value in settings.items())
     step_s = None if phases is None else sum(phases.values())
-    return Remedy(overrides, changed.peak()[1].total / 2**30, step_s, changed.fits())
+    return Remedy(overrides, changed.peak()[1].total / 2**30, step_s, changed.fits(), changed.host_bytes() / 2**30)
+
+
+def _enough(asked: Request, settings: Settings) -> bool:
+    """Whether the plan fits with them; not if they exclude each other."""
+    try:
+        return _with(asked, settings).fits()
+    except UserError:
+        return False
 
 
 def _text(value: Any) -> str:
@@ -103,6 +114,12 @@ def _precision(asked: Request) -> Iterator[Settings]:
 def _recomputation(asked: Request) -> Iterator[Settings]:
     if not asked.config.gradient.checkpointing:
         yield {"gradient__checkpointing": True}
+
+
+def _offload(asked: Request) -> Iterator[Settings]:
+    gradient = asked.config.gradient
+    if gradient.checkpointing and gradient.offload == "none":
+        yield {"gradient__offload": "host"}
 
 
 def _full_steps(asked: Request) -> Iterator[Settings]:
@@ -176,6 +193,7 @@ def _adapter(asked: Request) -> Iterator[Settings]:
 KNOBS = (
     _precision,
     _recomputation,
+    _offload,
     _full_steps,
     _clips_held,
     _four_bits,

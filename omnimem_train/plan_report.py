@@ -42,6 +42,7 @@ def report(asked: Request) -> dict[str, Any]:
             "chunk_tokens": draw.chunk_tokens,
             "gib": {f.name: getattr(footprint, f.name) / GIB for f in fields(footprint)},
             "peak_gib": footprint.total / GIB,
+            "host_gib": asked.host_bytes() / GIB,
             "fits": fits,
         },
         "step_s": None if phases is None else {**phases, "total": sum(phases.values())},
@@ -91,6 +92,7 @@ def table(found: dict[str, Any]) -> str:
         ("", f"largest step: {budget}, chunks of {largest['chunk_tokens']:,}"),
         *((name, f"{gib:,.2f} GiB", _WHAT[name]) for name, gib in largest["gib"].items()),
         ("peak", f"{largest['peak_gib']:,.1f} GiB", f"{gpu['name']} has {gpu['usable_gib']:.1f} GiB for it"),
+        *_host(largest["host_gib"]),
         (),
         *_times(found["step_s"], gpu["name"]),
     ]
@@ -115,6 +117,10 @@ def _line(row: tuple[str, ...]) -> str:
     return f"  {row[0]:<28}{row[1]:>12}   {row[2] if len(row) > 2 else ''}".rstrip()
 
 
+def _host(gib: float) -> list[tuple[str, ...]]:
+    return [("host memory", f"{gib:,.1f} GiB", "of each process, pinned (gradient.offload)")] if gib else []
+
+
 def _times(step_s: dict[str, float] | None, gpu: str) -> list[tuple[str, ...]]:
     if step_s is None:
         return [("time of a step", "unknown", f"no rates are known for {gpu}")]
@@ -133,7 +139,8 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     entries = [Remedy(**{**r, "overrides": tuple(r["overrides"])}) for r in found["remedies"]]
     for r in entries:
         time = "" if r.step_s is None else f", {r.step_s:.1f} s a step"
-        lines.append(f"  {'yes' if r.fits else 'no ':<5}{' '.join(r.overrides):<44} {r.peak_gib:6.1f} GiB{time}")
+        host = f", {r.host_gib:.1f} GiB of host memory" if r.host_gib else ""
+        lines.append(f"  {'yes' if r.fits else 'no ':<5}{' '.join(r.overrides):<44} {r.peak_gib:6.1f} GiB{time}{host}")
     if not any(r.fits for r in entries):
         lines.append("  No setting is enough: use a smaller model or a larger GPU.")
     return lines

@@ -34,6 +34,7 @@ def recomputed(
     weights: Sequence[Tensor],
     learning: int | None = None,
     back: Back | None = None,
+    again: Callable[[], Tensor] | None = None,
 ) -> Result:
     """`run(layers, embeds)`, computed again in the backward pass on what `snapshot` restores.
 
@@ -48,8 +49,10 @@ def recomputed(
         learning: memories of how many layers, the first ones, have gradient afterwards; None for all.
         back: a shorter way to the same gradients: from memories, embeddings, gradients of the outputs and which inputs
             need one to what `gradients_of` gives; or to None, where there is none.
+        again: gives the embeddings to the second pass; without it they are held.
     """
-    work = _Work(run, snapshot, embeds, list(weights), learning, back, _Surroundings.here(embeds))
+    here = _Surroundings.here(embeds)
+    work = _Work(run, snapshot, again or (lambda: embeds), list(weights), learning, back, here)
     first = [layers]
     given = [embeds, *_data(layers), *weights]
     outputs = iter(_Twice.apply(work, first, *given))
@@ -91,7 +94,7 @@ class _Work:
 
     run: Run
     snapshot: Snapshot
-    embeds: Tensor
+    again: Callable[[], Tensor]
     weights: list[Tensor]
     learning: int | None
     back: Back | None
@@ -101,7 +104,7 @@ class _Work:
     def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of embeddings, memories and weights (None where `needed` is False), from those of the outputs."""
         layers = self.snapshot.restore()
-        embeds = self.embeds.detach().requires_grad_(needed[0])
+        embeds = self.again().detach().requires_grad_(needed[0])
         if self.back is not None:
             found = self.back(layers, embeds, grads, needed)
             if found is not None:

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "config.data.cache",
     "config.data.cache_gib",
     "config.model.device",
+    "config.gradient.offload",
 )
 SHARDING = ("none", "fsdp")
 

@@ -78,6 +78,7 @@ class ClipSource:
         model: encodes and renders.
         options: of the model's encoder side.
         cached: the cache that new clips go to.
+        offload: as in `omnimem_train.step.encode_stream`.
 
     Attributes:
         position: clips handed out, those passed over included. What is encoded ahead is not counted, so a run that
@@ -91,8 +92,9 @@ class ClipSource:
         model: StreamingModel,
         options: dict[str, Any],
         cached: CacheLookup | None = None,
+        offload: str = "none",
     ) -> None:
-        self.loader, self.model, self.options, self.cached = loader, model, options, cached
+        self.loader, self.model, self.options, self.cached, self.offload = loader, model, options, cached, offload
         self.position, self.waited_s = 0, 0.0
 
     @property
@@ -166,7 +168,7 @@ class ClipSource:
 
     def _placed(self, encoder: MediaEncoder, windows: Iterable[MediaWindow], sample: Sample) -> EncodedStream:
         turns = [TimedTurn(self.model.render(turn), turn.time_s) for turn in sample.turns]
-        return encode_stream(encoder, windows, turns, self.model.device)
+        return encode_stream(encoder, windows, turns, self.model.device, self.offload)
 
     def facts(self, chunk_tokens: int) -> list[tuple[str, object, str]]:
         """What a run reports about its data: name, value, how it follows."""
@@ -215,6 +217,7 @@ def clip_source(
     rank: int = 0,
     world: int = 1,
     share: Callable[[list[Any]], object] = id,
+    offload: str = "none",
 ) -> ClipSource:
     """The clips of a manifest, as rank `rank` of `world` sees them.
 
@@ -223,6 +226,7 @@ def clip_source(
         output: folder of the run, for what is found out about the clips.
         seed: of the order.
         share: replaces the entries of a list by those that rank 0 has.
+        offload: as in `omnimem_train.step.encode_stream`.
 
     Raises:
         UserError: a cache folder that cannot be used.
@@ -239,7 +243,7 @@ def clip_source(
     dataset = StreamDataset(samples, data, model.window_s(data.fps), model.sampling_rate, shrink)
     broken = BrokenMedia(data.max_broken, output / f"broken-rank{rank}.jsonl")
     loader = StreamLoader(dataset, seed, world, rank, broken, lengths=lengths[0], lookup=cached)
-    return ClipSource(loader, model, options, cached)
+    return ClipSource(loader, model, options, cached, offload)
 
 
 def hand_over(stream: EncodedStream, device: torch.device) -> None:
@@ -249,7 +253,8 @@ def hand_over(stream: EncodedStream, device: torch.device) -> None:
     waiting = [m.waiting for m in stream.moments if m.waiting is not None]
     for block in [*stream.blocks, *waiting, *(q.block for q in stream.questions)]:
         for x in tensors_of(block).values():
-            x.record_stream(reader)
+            if x.is_cuda:  # some may wait in host memory
+                x.record_stream(reader)
     for question in stream.questions:
         question.read.record_stream(reader)
         question.targets.record_stream(reader)

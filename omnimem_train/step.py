@@ -19,6 +19,7 @@ from omnimem_train.losses import LossConfig, answer_loss, distillation_loss, sup
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import MODALITIES
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, RenderedTurn, StreamingModel, TokenBlock
+from omnimem_train.offload import host_memory
 from omnimem_train.retention import Attended, Watch
 from omnimem_train.streaming import Gradient, Stream, StreamState
 
@@ -155,17 +156,28 @@ class StepResult:
 
 @torch.no_grad()
 def encode_stream(
-    encoder: MediaEncoder, windows: Iterable[MediaWindow], turns: list[TimedTurn], device: torch.device
+    encoder: MediaEncoder,
+    windows: Iterable[MediaWindow],
+    turns: list[TimedTurn],
+    device: torch.device,
+    offload: str = "none",
 ) -> EncodedStream:
     """Encode a whole stream and place its turns.
 
     A turn at time t is put after the last window that ends at or before t, so it sees only what came before.
-    The frames and samples pass through window by window; the embeddings stay (7 KB a token of the 7B model in bf16).
+    The frames and samples pass through window by window; the embeddings stay (7 KB a token of the 7B model in bf16), on
+    the device or with `offload` "host" in host memory.
 
     Raises:
-        UserError: a turn later than the stream's end.
+        UserError: a turn later than the stream's end; too little host memory.
     """
-    blocks, moments = [encoder.start()], list[Moment]()
+    host = host_memory(device) if offload == "host" else None
+    slabs = None if host is None else host.new_slabs()
+
+    def held(block: TokenBlock) -> TokenBlock:
+        return block if host is None or slabs is None else host.store(block, slabs)
+
+    blocks, moments = [held(encoder.start())], list[Moment]()
     timed = sorted((t for t in turns if t.time_s is not None), key=_time)
     end_s = 0.0
     for window in windows:
@@ -174,16 +186,18 @@ def encode_stream(
         if due:
             moments.append(_moment(encoder, due, len(blocks), device))
         if (block := encoder.push(window)) is not None and block.n:
-            blocks.append(block)
+            blocks.append(held(block))
         end_s = window.end_s
     if timed and _time(timed[-1]) > end_s + 1e-6:
         raise UserError(
             f"a turn is asked at {_time(timed[-1]):g} s, the stream ends at {end_s:g} s", remedy="correct its time_s"
         )
     if (block := encoder.finish()) is not None and block.n:
-        blocks.append(block)
+        blocks.append(held(block))
     if at_end := timed + [turn for turn in turns if turn.time_s is None]:
         moments.append(_moment(encoder, at_end, len(blocks), device))
+    if host is not None:
+        host.synchronise()
     return EncodedStream(blocks, moments)
 
 

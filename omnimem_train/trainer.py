@@ -91,7 +91,8 @@ def run_steps(config: RunConfig, accelerator: Accelerator, make_source: MakeSour
         source = make_source(model)
     else:
         share = broadcast_object_list
-        source = clip_source(samples, config.data, config.encoder, model, t.output, t.seed, rank, world, share)
+        place = rank, world, share, config.gradient.offload
+        source = clip_source(samples, config.data, config.encoder, model, t.output, t.seed, *place)
     sampler = BudgetSampler(config.budgets, config.memory.chunk_tokens)
     weights = [p for p in model.module.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(weights, t.lr, (t.beta1, t.beta2), t.eps, t.weight_decay)

@@ -20,6 +20,7 @@ LAYERS = [
     ["media_decode"],
     ["media_sound"],
     ["media_worker"],
+    ["offload"],
     ["media", "benchmarks", "losses", "retention", "choosing", "budget_sampling", "snapshots", "encoder_cache"],
     ["recompute", "chunk"],
     ["chunk_graphs"],

@@ -26,8 +26,10 @@ from omnimem_train.models.interface import StreamingModel, TokenBlock
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.lora import LoraSettings, add_lora, lora_parameters
 from omnimem_train.models.shape import PUBLISHED, DecoderShape, ModelShape, read_shape
+from omnimem_train.offload import HostMemory, Slabs
 from omnimem_train.operations import backward, forward, step_work
 from omnimem_train.plan import request
+from omnimem_train.plan_advice import _enough, _offload, _with
 from omnimem_train.run_config import RunConfig
 from omnimem_train.scoring_costs import Work
 from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
@@ -212,6 +214,70 @@ def test_the_peak_is_that_of_a_step(
     assert found.total - found.clips - found.adapter / 2 == pytest.approx(live.peak, rel=0.08)
 
 
+SLAB = 2**16
+
+
+class Elsewhere(Slabs):
+    """Host memory that `live` does not count; with the bytes that were given out."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        super().__init__(pinned=False, size=SLAB)
+        self.live, self.given = live, 0
+
+    def _new(self, n_bytes: int) -> Tensor:
+        slab = super()._new(n_bytes)
+        self.live.known.add(slab.untyped_storage()._cdata)
+        return slab
+
+    def pieces(self, n_bytes: int) -> list[Tensor]:
+        self.given += n_bytes
+        return super().pieces(n_bytes)
+
+
+def offloaded(
+    model: StreamingModel, spec: MemorySpec, gradient: Gradient, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int, StreamStep]:
+    """A step with the CPU's memory in two parts: bytes of the one that is a device at their peak, bytes that went to
+    the other, and the plan."""
+    block, question = made_up(model, chunks * CHUNK), made_up(model, 6)
+    read, targets = torch.tensor([[0, 3], [0, 4]]), torch.tensor([1, 2])
+    encoded = EncodedStream([block], [Moment(1, None, [Question(question, read, targets)])])
+    known = [*model.module.parameters(), *model.module.buffers(), block.embeds, block.positions, block.modality]
+
+    def left_out(shape: tuple[int, ...]) -> bool:
+        return shape == (SLAB,) or (len(shape) == 2 and shape[0] in (6, CHUNK) and shape[1] > 64)
+
+    memory = HostMemory(torch.device("cpu"))
+    monkeypatch.setattr("omnimem_train.streaming.host_memory", lambda _: memory)
+    with LiveBytes(known, left_out) as live:
+        memory.slabs = Elsewhere(live)
+        StreamingStep(model, LossConfig())(encoded, spec, gradient).loss.backward()
+    model.module.zero_grad(set_to_none=True)
+    return live.peak, memory.slabs.given, planned(model, spec, block.n, gradient, question=4, answer=2)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+@pytest.mark.parametrize("kind", ["all", "last"])
+def test_offloaded_steps_are_planned(
+    kind: str, positions: str, adapted: StreamingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left on the device does not grow with the stream, and what is not is counted."""
+    spec = MemorySpec("sliding_window", budget=BUDGET, chunk_tokens=CHUNK, positions=positions)
+    gradient = Gradient(kind, chunks=6, offload="host")
+    peaks = []
+    for chunks in (8, 24):
+        peak, stored, step = offloaded(adapted, spec, gradient, chunks, monkeypatch)
+        found = step.footprint(0, moments=False)
+        assert found.total - 29 * step.tokens - found.adapter / 2 == pytest.approx(peak, rel=0.08)
+        assert step.host_bytes(clips=0) == pytest.approx(stored, rel=0.02)
+        assert step.host_bytes() - stored == pytest.approx(step.tokens * step.embedding_bytes, rel=0.1)
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 64 * 16 * CHUNK, "positions and the like, 29 bytes a token and 29 in its chunk"
+    kept = [planned(adapted, spec, n * CHUNK, Gradient(kind, chunks=6)).footprint(0).total for n in (8, 24)]
+    assert kept[1] - kept[0] > 2 * (peaks[1] - peaks[0])
+    assert planned(adapted, spec, CHUNK, Gradient(kind)).host_bytes() == 0
+
+
 def test_operations_are_those_of_a_chunk(adapted: StreamingModel) -> None:
     """Products with weights, forward and backward, as torch counts them (it leaves adapters' in-place products out)."""
     spec = MemorySpec("sliding_window", budget=BUDGET, chunk_tokens=CHUNK)
@@ -345,6 +411,33 @@ def test_packed_weights_are_counted_right(nano_folder: Path) -> None:
     scales = decoder(model).layer_weights * model.n_layers * (1 / 64 + 1 / 4096)
     four = StreamStep(decoder(model), 4, MemorySpec(budget=BUDGET), CHUNK, packed=True)
     assert four.weights(parameters) == pytest.approx(held + scales)
+
+
+def test_host_memory_in_place_of_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """Forty minutes with gradient through all chunks: too much, and the first thing to change costs no result."""
+    arguments = [str(ROOT / SEVEN), "gradient.kind=all", "memory.positions=absolute", "budgets.full_share=0"]
+    arguments += ["budgets.high=6144", "--gpu", "A100-40GB", "--seconds", "2400"]
+    code, found = plan(capsys, *arguments)
+    assert code == 1 and found["largest_step"]["host_gib"] == 0
+    first = found["remedies"][0]
+    assert first["overrides"] == ["gradient.offload=host"] and first["fits"]
+    assert 20 < first["host_gib"] < 40
+    code, better = plan(capsys, *arguments, "gradient.offload=host")
+    assert code == 0 and better["largest_step"]["host_gib"] == pytest.approx(first["host_gib"])
+    assert main(["plan", *arguments]) == 1
+    assert f"{first['host_gib']:.1f} GiB of host memory" in capsys.readouterr().out
+    assert main(["plan", *arguments, "gradient.offload=host"]) == 0
+    assert "of each process, pinned (gradient.offload)" in capsys.readouterr().out
+
+
+def test_advice_never_excludes_itself() -> None:
+    """Without recomputation nothing can be offloaded; together they can."""
+    config = load_config(RunConfig, ROOT / SEVEN, ["gradient.kind=all", "gradient.checkpointing=false"])
+    asked = request(config, GPUS["RTX-4090"], 3000)
+    both: dict[str, Any] = {"gradient__checkpointing": True, "gradient__offload": "host"}
+    assert not list(_offload(asked)) and list(_offload(_with(asked, {"gradient__checkpointing": True})))
+    assert _enough(asked, both) == _with(asked, both).fits()
+    assert not _enough(asked, {"gradient__offload": "host"})
 
 
 def test_more_of_everything_costs_more() -> None:

@@ -140,10 +140,11 @@ def test_undo_holds_what_left_the_memory() -> None:
     found = states(Stream(memory, BUDGETED, Gradient("all"), media.n), media)
     past = found[3].past
     assert isinstance(past, Snapshot)
-    (undo, *_) = past._undo
-    assert isinstance(undo, Undo) and undo.keys is not None and undo.gone is not None and undo.kept is not None
-    assert undo.keys.shape == (1, 2, 7, 8) and undo.gone.shape == (1, 2, 7) and undo.kept.shape == (1, 2, 11)
-    assert undo.gone.dtype == undo.kept.dtype == torch.int16
+    assert past._next is not None
+    (undo, *_), (kept, *_) = past._next.undo, past._next.rows
+    assert isinstance(undo, Undo) and undo.keys is not None and undo.gone is not None and kept is not None
+    assert undo.keys.shape == (1, 2, 7, 8) and undo.gone.shape == (1, 2, 7) and kept.shape == (1, 2, 11)
+    assert undo.gone.dtype == kept.dtype == torch.int16
 
 
 def test_rows_of_a_memory_have_gradients() -> None:

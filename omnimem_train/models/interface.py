@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from inspect import signature
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from omnimem_train.errors import UserError, nearest
 from omnimem_train.memory.positions import Rotary
-from omnimem_train.memory.state import LayerMemory
+from omnimem_train.memory.state import VISUAL, LayerMemory
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,10 @@ class TokenBlock:
 
     def __getitem__(self, part: slice) -> TokenBlock:
         """The tokens of a slice."""
-        return self._map(lambda x: x[:, part])
+        return self.map(lambda x: x[:, part])
 
-    def _map(self, f: Any) -> TokenBlock:
+    def map(self, f: Callable[[Tensor], Tensor]) -> TokenBlock:
+        """`f` of every tensor."""
         return TokenBlock(
             f(self.embeds),
             f(self.positions),
@@ -109,6 +110,23 @@ class TokenBlock:
             f(self.time_s),
             {k: f(v) for k, v in self.extras.items()},
         )
+
+    def shifted(self, offset: Tensor) -> Tensor:
+        """(B, n, 3) positions moved by `offset` (B,): time for all, row and column for text and sound only (in a
+        picture they count from the stream's start)."""
+        move = offset[:, None, None].expand(-1, self.n, 3).clone()
+        move[..., 1:] *= (self.modality != VISUAL)[..., None]
+        return self.positions + move
+
+    @staticmethod
+    def cut(blocks: Iterable[TokenBlock], size: int, pending: int = 0) -> Iterator[TokenBlock]:
+        """`blocks` cut wherever a chunk of `size` tokens ends; `pending` tokens of the first chunk came before."""
+        for block in blocks:
+            start = 0
+            while start < block.n:
+                part = block[start : start + size - pending]
+                yield part
+                start, pending = start + part.n, (pending + part.n) % size
 
     @staticmethod
     def cat(blocks: list[TokenBlock]) -> TokenBlock:

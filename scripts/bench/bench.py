@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from cases import LORA_CASES, STREAM_CASES, Bench, with_tokens
 from layers import ADAPTED_LAYER_CASES, ADAPTED_PROFILE_CASES, LAYER_CASES
+from long import LONG_CASES
 from measure import Clock, Results, versions
 from pieces import PIECE_CASES
 from quantised import QUANTISED_CASES
@@ -35,6 +36,7 @@ CASES: dict[str, Callable[[Bench], None]] = (
     | RECORDED_CASES
     | LORA_CASES
     | QUANTISED_CASES
+    | LONG_CASES
     | ADAPTED_PROFILE_CASES
     | PROFILE_CASES
 )
@@ -71,8 +73,8 @@ def chosen(names: str) -> list[str]:
 
 
 def main() -> None:
-    """Run the cases one after the other; one that fails is noted and the rest go on."""
-    args, start = arguments(), time.perf_counter()
+    """Run the cases one after the other; one that fails is noted and the rest go on. Exit code 1 if one failed."""
+    args, start, failed = arguments(), time.perf_counter(), list[str]()
     names, end = chosen(args.cases), start + args.budget_s
     device = torch.device(args.device)
     shape = SHAPES["tiny" if args.tiny else args.shape]
@@ -92,9 +94,12 @@ def main() -> None:
             CASES[name](bench)
         except Exception as error:  # the other cases are still worth having
             traceback.print_exc()
+            failed.append(name)
             results.add(name + bench.suffix, None, "failed", note=f"{type(error).__name__}: {str(error)[:200]}")
         bench.clock.clean()
     print(f"\n{results.table()}\n{time.perf_counter() - start:.0f} s")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -166,10 +166,12 @@ def fill(module: nn.Module, seed: int = 0) -> None:
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def stream_block(shape: Shape, model: StreamingModel, tokens: int, seed: int = 1) -> TokenBlock:
+def stream_block(
+    shape: Shape, model: StreamingModel, tokens: int, seed: int = 1, width: int | None = None
+) -> TokenBlock:
     """A prompt, then moments of a second: 25 tokens of sound after 112 of a picture (about the 4.5 to 1 that
-    Qwen2.5-Omni makes of them), with random embeddings."""
-    device = model.device
+    Qwen2.5-Omni makes of them), with random embeddings; of another `width` than the model's if said."""
+    device, width = model.device, model.hidden_size if width is None else width
     generator = torch.Generator(device).manual_seed(seed)
     place = torch.arange(tokens, device=device)
     second, inside = torch.div(place, 137, rounding_mode="floor"), place % 137
@@ -180,7 +182,7 @@ def stream_block(shape: Shape, model: StreamingModel, tokens: int, seed: int = 1
     row = torch.where(flat, time, torch.div(inside, 14, rounding_mode="floor"))
     column = torch.where(flat, time, inside % 14)
     return TokenBlock(
-        embeds=torch.randn(1, tokens, model.hidden_size, generator=generator, device=device, dtype=model.dtype),
+        embeds=torch.randn(1, tokens, width, generator=generator, device=device, dtype=model.dtype),
         positions=torch.stack([time, row, column], -1)[None],
         modality=modality.to(torch.int8)[None],
         time_s=second.float()[None],
