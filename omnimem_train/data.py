@@ -62,7 +62,8 @@ class DataConfig:
         max_duration_s: watch only the first so many seconds of each clip; a turn timed later is an error.
         workers: clips decoded at the same time, the current one included; 0 decodes in step with training.
         prefetch_windows: windows held ready for each of them, frames resized: 1.2 MB for 2 s at 100,352 pixels. So that
-            clips after the next one are decoded as a whole meanwhile, as many as they have windows.
+            clips after the next one are decoded as a whole meanwhile, as many as they have windows. decord decodes on
+            into its own memory while a long clip waits for room (source frames as they are); pyav waits.
         encode_windows: windows encoded at once, unless something is asked between them. More have less to launch.
         encode_ahead: clips encoded while the ones before them are trained on, each kept on the device (7 KB a token
             of the 7B model); `train.accumulation` are needed at once. None: 1 on a GPU, else 0. Training only.

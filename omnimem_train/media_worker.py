@@ -19,7 +19,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,6 +61,12 @@ class OpenFile:
         """The next window."""
         return next(self._windows)
 
+    def close(self) -> None:
+        """Let go of the decoders. decord goes on decoding what it was given as long as it lives, read or not; and what
+        cuts windows refers back to this object, so it would live until a collection."""
+        self._windows.close()
+        self._picture = self._sound = None
+
     def _align(self, apart: bool) -> None:
         if self._sound is None:
             return
@@ -91,7 +97,7 @@ class OpenFile:
         """The first frame not before time_s."""
         return math.ceil(time_s * self._fps - 1e-6)
 
-    def _cut(self) -> Iterator[Answer]:
+    def _cut(self) -> Generator[Answer, None, None]:
         """All windows, and at least one."""
         stop_s = math.inf if self._max_s is None else self._start_s + self._max_s
         number, last, cut = 0, False, False
@@ -149,6 +155,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
                 assert current is not None
                 head, parts = current.next()
             else:
+                if current is not None:
+                    current.close()
                 current = None
                 if request["op"] == "open":
                     current = OpenFile(request)

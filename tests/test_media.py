@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import av
@@ -22,6 +23,7 @@ from clips import RATE, frame_numbers, numbered_frames, tone, write_media
 from omnimem_train import media, media_decode
 from omnimem_train.errors import UserError
 from omnimem_train.media import MediaError, probe, read_audio_blocks, read_windows
+from omnimem_train.media_worker import OpenFile
 from omnimem_train.models.interface import MediaWindow
 from omnimem_train.resampling import Resampler
 
@@ -570,3 +572,25 @@ def test_a_reader_that_is_not_installed(plain: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install av"):
         read(plain, "pyav")
+
+
+def test_a_file_left_half_read_is_let_go_of_at_once(tmp_path: Path) -> None:
+    """decord decodes on in the background for as long as its reader lives, into memory."""
+    path = write_media(tmp_path / "a.mp4", numbered_frames(24), 4, tone(6))
+    request = {
+        "path": str(path),
+        "reader": "decord",
+        "fps": 2.0,
+        "window_s": 1.0,
+        "sampling_rate": RATE,
+        "start_s": 0.0,
+    }
+    file = OpenFile(request | {"max_s": None, "audio_path": None, "picture": True, "sound": True})
+    file.next()
+    picture = weakref.ref(file._picture)
+    gc.disable()
+    try:
+        file.close()
+        assert picture() is None
+    finally:
+        gc.enable()

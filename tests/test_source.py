@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omnimem_train.broken_media import SkippedMedia
 from omnimem_train.data import DataConfig, Sample, StreamDataset
-from omnimem_train.encoder_cache import tensors_of
+from omnimem_train.encoder_cache import EncoderCache, tensors_of
 from omnimem_train.errors import UserError
 from omnimem_train.media import MediaError
 from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, Turn
@@ -423,3 +423,25 @@ def test_a_broken_clip_leaves_no_entry(nano_session: StreamingModel, folder: Pat
     streams(source, 3)
     assert source.cached.cache.counts.stored == 1
     assert len([f for f in (tmp_path / "cache").iterdir() if f.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_encoder_that_fails_leaves_no_part_of_an_entry(
+    nano_session: StreamingModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    parts, writer = [], EncoderCache.writer
+
+    def encode_pictures(self: Any, *given: Any) -> Tensor:
+        parts[:] = (tmp_path / "cache").glob("tmp-*/part-*")
+        if len(parts) == 2:
+            raise RuntimeError("the device has failed")
+        return whole(self, *given)
+
+    whole = type(nano_session).encode_pictures
+    monkeypatch.setattr(type(nano_session), "encode_pictures", encode_pictures)
+    monkeypatch.setattr(EncoderCache, "writer", lambda self, key: replace(writer(self, key), part_tokens=1))
+    source = source_of(nano_session, samples_of(folder)[1:2], tmp_path, cache=tmp_path / "cache", encode_ahead=ahead)
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        streams(source, 1)
+    assert len(parts) == 2
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == ["lock"]
