@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,8 @@ class Bench:
 
 
 def losses(bench: Bench) -> None:
-    """All engines at the same time: they are small, and the processes' start takes most of their time."""
-    steps = bench.args.steps
+    """All engines: on GPUs at the same time, they are small, and the processes' start takes most of their time."""
+    steps, engines = bench.args.steps, bench.engines
     save = steps - max(steps // 8, 2)
     recipe = bench.work / "recipe.yaml"
     model = make_tiny(bench.work / "model", size="tiny" if bench.cuda else "nano")
@@ -170,25 +171,35 @@ def losses(bench: Bench) -> None:
         words.append(f"train.accumulation={2 if engine is None else 1}")
         return bench.start(name, engine, "unequal.py", [*words, *more], bench.args.limit_s)
 
-    jobs = {None: begin("one", None)} | {e.name: begin(e.name, e) for e in bench.engines}
-    ends = {name: job.wait() for name, job in jobs.items()}
-    if why := ends.pop(None):
+    started = run_all(bench, {"one": lambda: begin("one", None)} | {e.name: partial(begin, e.name, e) for e in engines})
+    if why := started.pop("one")[0]:
         bench.fail("losses.one", why)
         return
     one = read_metrics(bench.work / "one" / "metrics.jsonl")
-    done = [e for e in bench.engines if not ends[e.name]]
-    for engine in bench.engines:
-        if why := ends[engine.name]:
-            bench.fail(f"steps.{engine.name}", why)
+    for name, (why, took_s) in started.items():
+        if why:
+            bench.fail(f"steps.{name}", why)
         else:
-            compare(bench, engine.name, one, jobs[engine.name].took_s)
+            compare(bench, name, one, took_s)
+    done = [e for e in engines if not started[e.name][0]]
     half = {e.name: bench.work / e.name / "checkpoints" / f"step-{save:08d}" for e in done}
-    again = {e.name: begin(f"{e.name}-resumed", e, f"train.resume={half[e.name]}") for e in done}
-    for name, job in again.items():
-        if why := job.wait():
+    again = {e.name: partial(begin, f"{e.name}-resumed", e, f"train.resume={half[e.name]}") for e in done}
+    for name, (why, _) in run_all(bench, again).items():
+        if why:
             bench.fail(f"resume.{name}", why)
         else:
             reopened(bench, name, save)
+
+
+def run_all(bench: Bench, runs: dict[str, Callable[[], Job]]) -> dict[str, tuple[str, float]]:
+    """What went wrong with each run, and its seconds; one after the other without GPUs, where memory is short."""
+    jobs = {name: begin() for name, begin in runs.items()} if bench.cuda else {}
+    ended = {}
+    for name, begin in runs.items():
+        job = jobs[name] if bench.cuda else begin()
+        why = job.wait()
+        ended[name] = why, job.took_s
+    return ended
 
 
 def compare(bench: Bench, name: str, one: list[dict[str, float]], took_s: float) -> None:
@@ -244,6 +255,9 @@ def speed(bench: Bench) -> None:
             bench.fail(f"throughput.{name}", why)
             continue
         found: dict[str, Any] = json.loads(out.read_text())
+        if found["processes"] != (wanted := 1 if engine is None else 2):
+            bench.fail(f"throughput.{name}", f"{found['processes']} processes instead of {wanted}")
+            continue
         rates[name] = found["tokens_per_s"]
         note = f"{found['steps']} steps of {found['tokens']:,} tokens a GPU, {found['processes']} GPUs"
         row = f"two_gpus.throughput.{name}"
