@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MET = 64  # keys whose meetings are counted
+WORTH = 8  # uses that make up for a recording
 Tensors = list[Tensor | None]
 Function = Callable[[Tensors], Tensors]
 
@@ -73,56 +75,59 @@ def shapes(inputs: Sequence[Tensor | None]) -> Hashable:
 
 
 @dataclass
+class _Held:
+    """A recording, how often it was used, and in which call last."""
+
+    captured: Captured
+    used: int
+    last: int
+
+
+@dataclass
 class Recordings:
     """Recorded functions by key. Few are held: each has memory of its own.
 
     Attributes:
         most: how many are held.
-        seen_first: times that a key is met before it is recorded; they run as usual, which also compiles kernels.
-        rest: calls after which one that was not used may make way for another. An evaluation runs many settings in
-            turn; with more of them than this, some are run as usual.
+        seen_first: times that a key is met before it is recorded; they run as usual, which also compiles kernels. Where
+            recordings have to make way before they were of use, it grows: recording takes as long as some runs do.
+        rest: calls after which one that was not used may make way for another.
         failed: why recording is given up; empty while it is not.
     """
 
-    most: int = 2
+    most: int = 6
     seen_first: int = 2
     rest: int = 16
     failed: str = ""
     _calls: int = 0
-    _held: OrderedDict[Hashable, tuple[int, Captured]] = field(default_factory=OrderedDict)
+    _held: dict[Hashable, _Held] = field(default_factory=dict)
     _met: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
     _pool: Any = None
 
     def get(self, key: Hashable, function: Function, inputs: Sequence[Tensor | None]) -> Captured | None:
         """The recording under `key`, made now if the key was met often enough; None to run as usual."""
         self._calls += 1
-        if key in self._held:
-            _, found = self._held.pop(key)
-            self._held[key] = self._calls, found
-            return found
+        if (held := self._held.get(key)) is not None:
+            held.used, held.last = held.used + 1, self._calls
+            return held.captured
         self._met[key] = self._met.pop(key, 0) + 1
-        while len(self._met) > 64:
+        while len(self._met) > MET:
             self._met.popitem(last=False)
         if self.failed or self._met[key] <= self.seen_first or not self._room():
             return None
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
         found = Captured(function, inputs, self._pool)
-        self._held[key] = self._calls, found
+        self._held[key] = _Held(found, 1, self._calls)
         return found
 
     def _room(self) -> bool:
         """Whether one more can be held; the one that was used least recently goes if it has rested."""
         if len(self._held) < self.most:
             return True
-        used, _ = next(iter(self._held.values()))
-        if self._calls - used <= self.rest:
+        key = min(self._held, key=lambda k: self._held[k].last)
+        if self._calls - self._held[key].last <= self.rest:
             return False
-        self._held.popitem(last=False)
+        if self._held.pop(key).used < WORTH:
+            self.seen_first *= 2
         return True
-
-    def clear(self) -> None:
-        """Let go of all of them."""
-        self._held.clear()
-        self._met.clear()
-        self._pool = None

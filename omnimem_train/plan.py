@@ -14,7 +14,7 @@ from omnimem_train.budget_sampling import BudgetSampler, Draw
 from omnimem_train.costs import Footprint, StreamStep
 from omnimem_train.errors import UserError
 from omnimem_train.gpus import Gpu, phase_seconds, usable_gib
-from omnimem_train.models.interface import paired_window_s
+from omnimem_train.models.checks import paired_window_s
 from omnimem_train.models.shape import ClipTokens, ModelShape, read_shape
 from omnimem_train.operations import step_work
 from omnimem_train.run_config import RunConfig

@@ -93,7 +93,6 @@ class StreamState:
         horizon: (B,) int64, the largest temporal position run so far, offset included; -1 before any.
         retention: scalar, the sum of the retention losses of all choices so far, and their number; None without any.
         past: `layers` for the backward pass; None if no chunk is recomputed there so far.
-        steady: whether the last chunk left every layer's memory as long as it was.
     """
 
     layers: Layers
@@ -104,7 +103,6 @@ class StreamState:
     horizon: Tensor
     past: Snapshot | None = None
     retention: tuple[Tensor, int] | None = None
-    steady: bool = False
 
 
 class Stream:
@@ -248,10 +246,9 @@ class Stream:
         due = self._gradient_due(state, chunk)
         stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
         inputs, first, past = self._inputs(state, chunk), FirstPass(chunk.embeds, dict(chunk.extras)), None
-        steady = state.steady  # what a recomputation holds on to must not hold the memories
 
         def run(layers: Layers, embeds: Tensor) -> Result:
-            if steady and self.graphs is not None and not first.rows:
+            if self.graphs is not None and not first.rows:
                 found = self.graphs.run(layers, embeds, inputs, first)
                 if found is not None:
                     return found
@@ -284,9 +281,8 @@ class Stream:
         if lost is not None:
             before_it, n_before = retention or (torch.zeros_like(lost), 0)
             retention = before_it + lost, n_before + n_choices
-        same = all(new.n_tokens == old.n_tokens for new, old in zip(layers, state.layers, strict=True))
         n_run, n_chunks = state.n_run + chunk.n, state.n_chunks + 1
-        return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, retention, same)
+        return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, retention)
 
     def _inputs(self, state: StreamState, chunk: TokenBlock) -> ChunkInputs:
         """What a pass over `chunk` after `state` reads beside memories, embeddings and extras."""

@@ -29,7 +29,8 @@ from omnimem_train.losses import LossConfig
 from omnimem_train.manifest import load_manifest
 from omnimem_train.media import MediaError, read_windows
 from omnimem_train.memory import VISUAL, MemorySpec
-from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn, paired_window_s
+from omnimem_train.models.checks import paired_window_s
+from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn
 from omnimem_train.models.loading import ModelConfig, load_model, pick_device
 from omnimem_train.models.lora import load_adapter
 from omnimem_train.models.salmonn.tiny import make_tiny_salmonn

@@ -56,7 +56,7 @@ def test_prefill(selector: str, positions: str, monkeypatch: pytest.MonkeyPatch)
         model.graphs = graphs
         stream = Stream(model, spec)
         found.append(stream.flush(stream.feed(stream.start(), media)))
-    assert used.count("first") >= 10, "chunks were not recorded"
+    assert used.count("first") >= 8, "chunks were not recorded"
     for plain, recorded in zip(*(tensors(s) for s in found), strict=True):
         assert torch.equal(plain, recorded)
 
@@ -130,25 +130,41 @@ def test_failure_is_said_and_run_as_usual(monkeypatch: pytest.MonkeyPatch) -> No
     assert len([w for w in noted if "launch by launch" in str(w.message)]) == 1
 
 
+def double(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else 2 * x for x in inputs]
+
+
 def test_recordings_are_few_and_rest_before_they_go() -> None:
-    held = Recordings(most=1, seen_first=1, rest=3)
-
-    def double(inputs: list[Tensor | None]) -> list[Tensor | None]:
-        return [None if x is None else 2 * x for x in inputs]
-
-    x = [torch.ones(2), None]
+    held, x = Recordings(most=1, seen_first=1, rest=3), [torch.ones(2), None]
     assert held.get("a", double, x) is None  # met once
     a = held.get("a", double, x)
     assert a is not None
     assert held.get("b", double, x) is None
     assert held.get("b", double, x) is None, "a has not rested"
     assert held.get("a", double, x) is a
-    for _ in range(4):
-        held.get("c", double, x)
+    for _ in range(3):
+        assert held.get("c", double, x) is None
     assert held.get("c", double, x) is not None, "a has rested"
     result = a([torch.full((2,), 3.0), None])
     assert torch.equal(result[0], torch.full((2,), 6.0))  # type: ignore[arg-type]
     assert result[1] is None
+
+
+def test_more_in_turn_than_are_held_stop_being_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that push each other out would be recorded for ever and never replayed."""
+    made, begin = list[int](), Captured.__init__
+    monkeypatch.setattr(Captured, "__init__", lambda self, *a: (made.append(1), begin(self, *a))[1])
+    held = Recordings(most=2, rest=4)
+    for _ in range(200):
+        for key in range(8):
+            held.get(key, double, [torch.ones(1)])
+    assert len(made) < 20
+    made.clear()
+    useful = Recordings(most=1, rest=4)
+    for budget in range(20):  # a new budget in every step, of use as long as the step lasts
+        for _ in range(30):
+            useful.get(budget, double, [torch.ones(1)])
+    assert len(made) == 20
 
 
 def test_copies_of_many_kinds() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from toy import ToyModel, toy_question, toy_stream
 
+from omnimem_train.chunk import ChunkInputs
 from omnimem_train.errors import UserError
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
@@ -245,7 +246,7 @@ def on_device(work: Any) -> int:
         next(c.cell_contents for c in work.run.__closure__ if hasattr(c.cell_contents, "rows")),
         work.snapshot,
     )
-    tensors = [chunk.chunk.embeds, *chunk.chunk.extras.values(), *chunk.rows]
+    tensors = [chunk.embeds, *chunk.extras.values(), *chunk.rows]
     tensors += [t for u in chunk.undo for t in (u.gone, u.keys, u.values)]
     tensors += [t for m in before._held or () for t in m.tensors()]
     return sum(t.numel() for t in tensors if t is not None)
@@ -271,13 +272,13 @@ def test_each_copy_begins_one_chunk_ahead(host: Logged, monkeypatch: pytest.Monk
     loss = model.logits(stream.ask(state, [toy_question(4, 60)])).sum()
     assert host.log == [("park", i) for i in range(6)]
     del host.log[:]
-    again = stream._layers_of_chunk
+    again = stream.passes.run
 
-    def noted(layers: Any, chunk: TokenBlock, state: Any, *more: Any) -> Any:
-        host.log.append(("run", state.n_chunks))
-        return again(layers, chunk, state, *more)
+    def noted(layers: Any, embeds: Tensor, chunk: ChunkInputs, *more: Any) -> Any:
+        host.log.append(("run", chunk.number))
+        return again(layers, embeds, chunk, *more)
 
-    monkeypatch.setattr(stream, "_layers_of_chunk", noted)
+    monkeypatch.setattr(stream.passes, "run", noted)
     loss.backward()
     wanted = [("fetch", 5)]  # while the question is run
     for i in range(5, 0, -1):

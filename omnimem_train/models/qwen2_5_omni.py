@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem_train.errors import UserError
+from omnimem_train.models.checks import check_options, check_text, paired_window_s
 from omnimem_train.models.decoder import StockDecoder
 from omnimem_train.models.encoding import OmniEncoder
 from omnimem_train.models.interface import (
@@ -27,9 +28,6 @@ from omnimem_train.models.interface import (
     RenderedTurn,
     StreamingModel,
     Turn,
-    check_options,
-    check_text,
-    paired_window_s,
 )
 from omnimem_train.models.layout import BLOCK_POSITIONS, POSITIONS_PER_S
 from omnimem_train.models.loading import find_file, read_json

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from omnimem_train.errors import UserError
-from omnimem_train.models.interface import check_options
+from omnimem_train.models.checks import check_options
 from omnimem_train.models.layout import POSITIONS_PER_S
 from omnimem_train.models.loading import MODELS, model_class, read_json
 from omnimem_train.models.preprocess import Settings, read_settings, smart_resize

@@ -63,7 +63,7 @@ class Taken:
 def take(bench: Bench, run: Callable[[], object]) -> Taken:
     """One timing of `run`, with its peak."""
     found: list[float] = []
-    peak = bench.clock.peak_gib(lambda: found.append(bench.clock.once(run)))
+    peak = bench.clock.peak_gib(lambda: found.append(bench.clock.once(run)), bench.graphs)
     return Taken(found[0], peak)
 
 

@@ -57,6 +57,10 @@ class UnequalSource:
             self.position += 1
             yield self._made[number]
 
+    def facts(self, chunk_tokens: int) -> list[tuple[str, object, str]]:
+        """Nothing that is not said elsewhere."""
+        return []
+
     def sample(self, number: int) -> EncodedStream:
         """Encode a sample: neighbours differ most in length, a third has no sound, some are not asked at their end."""
         draw = np.random.RandomState(number)

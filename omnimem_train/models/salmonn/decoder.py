@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
+from omnimem_train.models.checks import check_text
 from omnimem_train.models.decoder import DEEPSTACK, StockDecoder
-from omnimem_train.models.interface import TokenBlock, check_text
+from omnimem_train.models.interface import TokenBlock
 from omnimem_train.models.salmonn.config import VideoSalmonn2Config
 from omnimem_train.models.salmonn.model import VideoSalmonn2ForConditionalGeneration
 from omnimem_train.models.salmonn.processor import VideoSalmonn2Processor

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
+from omnimem_train.models.checks import check_options, paired_window_s
 from omnimem_train.models.interface import (
     MediaEncoder,
     MediaInfo,
     RenderedTurn,
     StreamingModel,
     Turn,
-    check_options,
-    paired_window_s,
 )
 from omnimem_train.models.salmonn import media
 from omnimem_train.models.salmonn.adapter import export_adapter
