@@ -25,6 +25,7 @@ MARKS = 41
 evidence in float32, modality (`LayerMemory`)."""
 MEDIA_MARKS = 29  # bytes of a token of a clip beside its embedding: position, modality, time
 NORMS = 2  # of a layer
+RECORDED = 6  # first passes that are held recorded at most (`omnimem_train.captured.Recordings`)
 IN_FLIGHT = 2  # chunks whose parts are on the device when the rest waits in host memory: one in use, one on its way
 
 
@@ -80,6 +81,7 @@ class Footprint:
         snapshots: memories between chunks, in full or as the way back to them, for the backward pass.
         activations: of the chunk that is being recomputed, or of all chunks with gradient without checkpointing.
         passing: gradients of the memory, and what a layer needs for a moment.
+        recordings: what recorded chunks take in and give, each in memory of its own (`omnimem_train.captured`).
     """
 
     weights: float = 0.0
@@ -88,6 +90,7 @@ class Footprint:
     snapshots: float = 0.0
     activations: float = 0.0
     passing: float = 0.0
+    recordings: float = 0.0
 
     @property
     def total(self) -> float:
@@ -113,6 +116,7 @@ class StreamStep:
         split: whether attention goes to memory and chunk apart.
         teacher: whether the model runs with a full memory first, to be learned from.
         packed: whether the decoder's matrices are held in 4 bits and unpacked for each product.
+        recorded: whether chunks of the same shapes are recorded and replayed.
     """
 
     shape: DecoderShape
@@ -130,6 +134,7 @@ class StreamStep:
     split: bool = False
     teacher: bool = False
     packed: bool = False
+    recorded: bool = False
 
     # The stream ------------------------------------------------------------------------------------------------------
 
@@ -316,7 +321,16 @@ class StreamStep:
             snapshots=snapshots,
             activations=activations,
             passing=passing,
+            recordings=self.recordings(4 * trained) if self.recorded else 0.0,
         )
+
+    def recordings(self, gradients: float) -> float:
+        """Bytes of inputs and results of recorded chunks: the memory on its way in and out of first passes, and in
+        training, of the second pass after a full memory, the memory and its gradient both ways and `gradients` of the
+        weights. Their activations take the place of those of chunks that are run as usual."""
+        firsts = sum(self.snapshot(c.memory + c.kept) + self.left_behind(c) for c in self.chunks[:RECORDED])
+        full = self.shape.layers * max((c.kept for c in self.chunks), default=0.0) * self.token_bytes
+        return firsts + (3 * full + gradients if self.recomputes and self.undoes else 0)
 
     def weights(self, parameters: int) -> float:
         """Bytes of a model of so many numbers, of which the matrices of the layers may be packed."""

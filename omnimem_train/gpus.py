@@ -88,11 +88,12 @@ def seconds(work: Work, gpu: Gpu, itemsize: int) -> float | None:
     return sum(parts) + work.launches * LAUNCH_S
 
 
-def phase_seconds(phases: dict[str, Work], gpu: Gpu, itemsize: int) -> dict[str, float] | None:
-    """How long each phase of a step takes (`omnimem_train.operations.step_work`), what it waits for included."""
+def phase_seconds(phases: dict[str, Work], gpu: Gpu, itemsize: int, recorded: bool = False) -> dict[str, float] | None:
+    """How long each phase of a step takes (`omnimem_train.operations.step_work`), what it waits for included. Where
+    chunks are `recorded` the device does not wait."""
     found = {name: seconds(work, gpu, itemsize) for name, work in phases.items()}
     return {
-        name: busy_s * (WAITING if name in WITH_GRADIENT else 1.0)
+        name: busy_s * (WAITING if name in WITH_GRADIENT and not recorded else 1.0)
         for name, busy_s in found.items()
         if busy_s is not None
     } or None

@@ -80,6 +80,7 @@ class Request:
             window=math.ceil(clip.total * window_s / self.watched_s),
             split=c.model.attention == "split",
             packed=c.model.quantization != "none",
+            recorded=c.model.graphs,
             teacher=c.loss.distill > 0 or (c.loss.retention > 0 and draw.budget is not None),
         )
 
@@ -125,7 +126,7 @@ class Request:
         total: dict[str, float] = {}
         for draw in draws:
             phases = {"encoders": self.encoding()} | step_work(self.step(draw))
-            taken = phase_seconds(phases, self.gpu, self.itemsize)
+            taken = phase_seconds(phases, self.gpu, self.itemsize, self.config.model.graphs)
             if taken is None:
                 return None
             for name, taken_s in taken.items():

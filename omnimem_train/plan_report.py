@@ -106,6 +106,7 @@ _WHAT = {
     "snapshots": "memories between chunks, for the backward pass",
     "activations": "of the chunk that is recomputed",
     "passing": "gradients and buffers of a moment",
+    "recordings": "inputs and results of recorded chunks (model.graphs)",
 }
 
 

@@ -36,13 +36,15 @@ CASES = {
 """Result of the bench -> selector, its options, gradient; with "nf4" in its name on a decoder in 4 bits."""
 
 
-def predict(name: str, gpu: Gpu, shape: Shape = SHAPE, split: bool = False) -> tuple[float, float]:
-    """Seconds and GiB of a case, with split attention or without."""
+def predict(
+    name: str, gpu: Gpu, shape: Shape = SHAPE, split: bool = False, recorded: bool = False
+) -> tuple[float, float]:
+    """Seconds and GiB of a case, with split attention or without, with chunks recorded or launch by launch."""
     selector, options, gradient = CASES[name]
     spec = MemorySpec(selector, options, budget=shape.budget, chunk_tokens=shape.chunk)
     lora = None if gradient.kind == "none" else LoraSettings(r=shape.rank, alpha=2 * shape.rank)
-    step = replace(shape.step(spec, gradient, lora), split=split, packed="nf4" in name)
-    taken_s = sum((phase_seconds(step_work(step), gpu, step.itemsize) or {}).values())
+    step = replace(shape.step(spec, gradient, lora), split=split, packed="nf4" in name, recorded=recorded)
+    taken_s = sum((phase_seconds(step_work(step), gpu, step.itemsize, recorded) or {}).values())
     held = step.footprint(shape.parameters, moments=False).total
     if gradient.kind == "none":
         held += step.snapshot(step.chunks[-1].kept)
@@ -58,8 +60,8 @@ def main() -> None:
     gpu, rows = find_gpu(args.gpu), json.loads(args.results.read_text())
     measured = {row["name"]: row["value"] for row in rows if row["value"] is not None}
     print("| case | predicted | measured | ratio |\n|---|---|---|---|")
-    for name, suffix in itertools.product(CASES, ("", ".split")):
-        values = predict(name, gpu, split=bool(suffix))
+    for name, suffix in itertools.product(CASES, ("", ".split", ".graphs")):
+        values = predict(name, gpu, split=bool(suffix), recorded=suffix == ".graphs")
         for result, value, unit in zip((name + suffix, f"{name}.peak{suffix}"), values, ("s", "GiB"), strict=True):
             if found := measured.get(result):
                 print(f"| {result} | {value:.1f} {unit} | {found:.1f} {unit} | {value / found:.2f} |")
