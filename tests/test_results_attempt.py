@@ -153,7 +153,11 @@ def test_controls_take_as_many_steps_at_the_same_rate() -> None:
 
 def test_jobs_of_the_attempt() -> None:
     own = Attempt(BEST)
-    tried, tested = own.tried(), own.tested("c01_center")
+    tried, tested = own.tried(), own.tested("c01_center", trained=True)
+    again = own.tested("c01_center", trained=False)
+    assert all(isinstance(job, Tune) for job in again) and {(j.arm, j.seed) for j in again} == {
+        (j.arm, j.seed) for j in tested
+    }
     assert {job.clip_set for job in tried if isinstance(job, Answers)} == {"val"}
     assert {job.scale.clip_set for job in tried if isinstance(job, Tune)} == {"val"}
     assert {job.arm for job in tried if isinstance(job, Tune)} == set(COMBINATIONS)
@@ -174,6 +178,7 @@ class Runs:
         self.failed: list[str] = []
         self.calls: list[list[Any]] = []
         self.closed = False
+        self.kept: Any = None
 
     def run(self, jobs: list[Any]) -> None:
         self.calls.append(jobs)
@@ -183,23 +188,29 @@ class Runs:
             else:
                 value = 80 if job.arm in ("c05_low", self.broken) else 50
                 measured(self.folder, job.study, job.arm, value, 96, job.seed)
+                self.kept()
 
     def close(self) -> None:
         self.closed = True
 
 
 @pytest.mark.parametrize("broken", ["", "c02_without_distill"])
-def test_an_attempt_chooses_then_tests_and_packs_what_is_new(folder: Folder, tmp_path: Path, broken: str) -> None:
+def test_an_attempt_chooses_then_tests_and_packs_what_is_new(
+    folder: Folder, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tune(folder, {"base": 50, "budget_lora": 62} | CONTROLS)
     before = {path.name: path.read_bytes() for path in (folder.path / "answers").iterdir()}
     context = Context(tmp_path / "work", folder.path, [tmp_path], {}, "me", "cpu")
     (context.work / "adapters" / "base0-c05_low-s0").mkdir(parents=True)
     (context.work / "adapters" / "base0-c05_low-s0" / "weights").write_text("w")
     (context.work / "adapters" / "base0-c01_center-s0").mkdir()
-    runs = Runs(folder, broken)
+    runs, packed = Runs(folder, broken), list[Path]()
+    monkeypatch.setattr(
+        "scripts.recall.attempt.pack_up", lambda context, path: (packed.append(path), pack_up(context, path))
+    )
     failed = run_attempt(context, runs, Attempt(BEST), tmp_path / "new.tar.gz")
     assert failed == [broken] * bool(broken)
-    assert runs.closed
+    assert runs.closed and len(packed) > len(COMBINATIONS)  # each job that is done is safe at once
     tested = runs.calls[-1]
     assert [(job.arm, job.seed) for job in tested[:3]] == [("c05_low", seed) for seed in range(3)]
     assert len(runs.calls) == (3 if broken else 2)  # what failed is tried a second time

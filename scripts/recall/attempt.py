@@ -55,18 +55,20 @@ class Attempt:
         base = Answers(ON_VALIDATION, 0, "val", at([self.best], SMALLEST), full=True, dtype=self.scale.dtype)
         return [base, *jobs]
 
-    def tested(self, chosen: str) -> list[Any]:
-        """The chosen combination and its controls, on the test clips; the adapter of seed 0 is there already."""
+    def tested(self, chosen: str, trained: bool) -> list[Any]:
+        """The chosen combination and its controls, on the test clips. Where its adapter of seed 0 is not there any more
+        (`trained`), it is trained again."""
         arm = arm_of(chosen)
         forms = at([self.form(chosen)], ASKED)
         options: dict[str, Any] = {"dtype": self.scale.dtype, "trained": self.scale}
-        first = Answers(ON_TEST, 0, "test", forms, full=True, arm=chosen, seed=0, **options)
+        first = [Answers(ON_TEST, 0, "test", forms, full=True, arm=chosen, seed=0, **options)] if trained else []
         names = [chosen]
         names += [equal_name(control, arm.times, arm.lr) for control in EQUAL]
         if arm.lr != USUAL_LR:
             names.append(equal_name("fixed_74", arm.times, USUAL_LR))
-        runs = [(name, seed) for name in names for seed in range(self.seeds) if (name, seed) != (chosen, 0)]
-        return [first, *(self.tune(name, seed, "test", ASKED, ON_TEST) for name, seed in runs)]
+        runs = [(name, seed) for name in names for seed in range(self.seeds)]
+        runs = [run for run in runs if not (trained and run == (chosen, 0))]
+        return [*first, *(self.tune(name, seed, "test", ASKED, ON_TEST) for name, seed in runs)]
 
 
 def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None) -> list[str]:
@@ -75,6 +77,8 @@ def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None
     A job that failed is begun a second time once the others are done: memory of the card may have been short.
     """
     begun, lost = time.perf_counter(), list[str]()
+    if pack is not None:
+        jobs.kept = lambda: pack_up(context, pack)  # what ends this from outside loses no job that is done
     try:
         for jobs_of in (attempt.tried, lambda: tests_of_chosen(context, attempt)):
             part = jobs_of()
@@ -103,10 +107,7 @@ def tests_of_chosen(context: Context, attempt: Attempt) -> list[Any]:
     if choice is None:
         return []
     print(f"chosen: {choice.told()}", flush=True)
-    if not (context.work / "adapters" / adapter_name(0, choice.arm, 0)).exists():
-        print(f"the adapter of {choice.arm} is not in {context.work}: unpack its folder `work` there", flush=True)
-        return attempt.tested(choice.arm)[1:]
-    return attempt.tested(choice.arm)
+    return attempt.tested(choice.arm, (context.work / "adapters" / adapter_name(0, choice.arm, 0)).exists())
 
 
 def pack_up(context: Context, path: Path) -> None:

@@ -18,7 +18,7 @@ import queue
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,11 @@ def worker(context: Context, jobs: Any, answers: Any) -> None:
 
 
 class Queue:
-    """Hands jobs to worker processes and keeps the record of what is done in `work/done.jsonl`."""
+    """Hands jobs to worker processes and keeps the record of what is done in `work/done.json`.
+
+    Attributes:
+        kept: called after each job that is done and on record.
+    """
 
     def __init__(self, context: Context, workers: int, until: float) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -72,6 +76,7 @@ class Queue:
         for process in self.processes:
             process.start()
         self.failed: list[str] = []
+        self.kept: Callable[[], object] = lambda: None
 
     def run(self, jobs: Sequence[Any]) -> list[dict[Any, float]]:
         """Run what is not done, as far as the time goes; the scores of all that are done, in the order of `jobs`."""
@@ -97,6 +102,7 @@ class Queue:
             self.record.write_text(json.dumps(self.done))
             name = f"{type(job).__name__} {getattr(job, 'study', '')} {getattr(job, 'arm', '')} base {job.base}"
             print(f"{seconds:6.1f} s  {name}  {len(left)} left", flush=True)
+            self.kept()
         if left:
             print(f"time is over: {len(left)} jobs left", flush=True)
         return [scores.get(key(job)) or self._held(job) for job in jobs if key(job) in self.done]
