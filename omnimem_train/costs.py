@@ -26,7 +26,9 @@ evidence in float32, modality (`LayerMemory`)."""
 MEDIA_MARKS = 29  # bytes of a token of a clip beside its embedding: position, modality, time
 NORMS = 2  # of a layer
 RECORDED = 6  # first passes that are held recorded at most (`omnimem_train.captured.Recordings`)
-IN_FLIGHT = 2  # chunks whose parts are on the device when the rest waits in host memory: one in use, one on its way
+IN_FLIGHT = 3
+"""Chunks whose parts are on the device when the rest waits in host memory: one in use, one on its way, and one more
+while it is put together for its copy."""
 
 
 INPUT_OF = {
@@ -265,9 +267,14 @@ class StreamStep:
         left = sum(c.count * (self.left_behind(c) + c.n * self.embedding_bytes) for c in self.chunks if c.due != "none")
         return left + self.embedding_bytes * self.tokens * clips
 
-    def activations(self, chunk: Chunk, *, remembered: bool = True) -> float:
-        """Bytes that autograd keeps of a chunk. The last layer with gradient hands on nothing but its keys and values
-        when the chunk is `remembered`; the first gets inputs that need no gradient."""
+    def activations(self, chunk: Chunk, of: str = "kept") -> float:
+        """Bytes that autograd keeps of a chunk, whose first layer gets inputs that need no gradient.
+
+        Args:
+            of: "kept", after the pass: the last layer with gradient hands on nothing but its keys and values. "made",
+                until its end: of the last layer of the model nothing else is computed than they and queries. "asked",
+                of a question: all of all layers.
+        """
         layers = self.gradient_layers(chunk)
         if layers == 0:
             return 0
@@ -278,10 +285,15 @@ class StreamStep:
         attention = n * (2 * s.query_width * b + 4 * s.heads) + keys_held * self.token_bytes
         mlp = (2 if self.short else 3) * s.mlp * b * n
         layer = NORMS * norm + self._adapter_activations(n) + attention + mlp
+        turned = 0.0
         if self.spec.positions == "compact" and chunk.kept < chunk.candidates:
             turned = chunk.kept * s.key_width * 4  # cos and sin of half the channels each, float32
             layer, keys = layer + turned, keys + turned
-        return (layers - 1) * layer + (keys if remembered else layer) - norm
+        last = {"kept": keys, "asked": layer, "made": layer}[of]
+        if of == "made" and layers == s.layers:  # through `run_states`: the output projection gets the queries
+            adapted = self.lora is not None and "o_proj" in self.lora.targets
+            last = norm + self._adapter_activations(n) + adapted * n * s.query_width * b + turned
+        return (layers - 1) * layer + last - norm
 
     def _adapter_activations(self, n: int, only: tuple[str, ...] = ()) -> float:
         """Bytes kept for the adapters of a layer: their inputs (shared unless dropout makes copies), dropout's masks,
@@ -356,20 +368,21 @@ class StreamStep:
             yield left + self.snapshot(c.memory), active, self.snapshot(c.kept) + buffers
             if c.due == "none":
                 continue
-            if self.recomputes:  # of the last layer everything is held too, until the recomputation is done
-                made = self.activations(c, remembered=False)
+            if self.recomputes:
+                made = self.activations(c, "made")
+                passed = 2 if evicts else 1 + 1 / s.layers  # gradients of the memory after the chunk, and before it
                 if self.offloads:
                     left = max(left, IN_FLIGHT * self.left_behind(c))
                 else:
                     left += c.count * self.left_behind(c)
                 before = s.layers * c.candidates * self.token_bytes if self.undoes and c.memory else 0
-                yield left + before, made, kept * (2 if evicts else 1) + turning + 12 * s.hidden * c.n
+                yield left + before, made, kept * passed + turning + 12 * s.hidden * c.n
             else:
                 active += c.count * self.activations(c)
                 yield 0.0, active, kept + 3 * s.mlp * b * c.n
         q = self.asked
         held, logits = left + self.snapshot(q.memory), self.answer * s.vocabulary * (b + 12)
         grown = s.layers * q.candidates * (self.stored_bytes - self.token_bytes)  # the memory with the question, unused
-        yield held, active + self.activations(q, remembered=False), logits + grown
+        yield held, active + self.activations(q, "asked"), logits + grown
         if self.teacher:
             yield 0.0, 0.0, 2 * self.snapshot(self.tokens) + logits

@@ -22,8 +22,11 @@ UNPACKING = 3  # kernels that unpack a 4-bit matrix: its scales, their offset, i
 KEYS = ("k_proj", "v_proj")
 
 
-def forward(step: StreamStep, chunk: Chunk, layers: int | None = None, *, select: bool = True) -> Work:
-    """A pass over `layers` layers (all of them), with selection or without (recomputation)."""
+def forward(
+    step: StreamStep, chunk: Chunk, layers: int | None = None, *, select: bool = True, remembered: bool = True
+) -> Work:
+    """A pass over `layers` layers (all of them), with selection or without (recomputation). When the chunk is
+    `remembered`, nothing but the projections of its attention is computed of the model's last layer."""
     s, b, n, short = step.shape, step.itemsize, chunk.n, step.short
     adapters = _adapters(step)
     per_token = NORMS * s.hidden * (2 * b if short else 24 + 4 * b)
@@ -43,7 +46,12 @@ def forward(step: StreamStep, chunk: Chunk, layers: int | None = None, *, select
     if chunk.kept < chunk.candidates:
         layer += Work(launches=_launches(step, "choice"))
         layer += scoring(step.spec, s, b, n, chunk.candidates, step.kernels) if select else Work()
-    return (s.layers if layers is None else layers) * layer
+    layers = s.layers if layers is None else layers
+    if not remembered or layers < s.layers:
+        return layers * layer
+    skipped = 2.0 * n * (s.layer_weights - 2 * s.hidden * (s.query_width + s.key_width))
+    part = Work(matrix=skipped, **{"split" if step.split else "attention": 4.0 * s.query_width * chunk.pairs})
+    return layers * layer + (-1) * part
 
 
 def backward(step: StreamStep, chunk: Chunk, *, remembered: bool = True) -> Work:
@@ -79,11 +87,13 @@ def step_work(step: StreamStep) -> dict[str, Work]:
     with gradient and of the question, and the "teacher" of a distillation."""
     done = {name: Work() for name in ("watching", "forward", "recomputation", "backward", "teacher")}
     for c, remembered in [*((c, True) for c in step.chunks), (step.asked, False)]:
-        done["watching" if c.due == "none" else "forward"] += c.count * forward(step, c)
+        done["watching" if c.due == "none" else "forward"] += c.count * forward(step, c, remembered=remembered)
         if c.due == "none":
             continue
         if step.recomputes:
-            done["recomputation"] += c.count * forward(step, c, step.gradient_layers(c), select=False)
+            done["recomputation"] += c.count * forward(
+                step, c, step.gradient_layers(c), select=False, remembered=remembered
+            )
         done["backward"] += c.count * backward(step, c, remembered=remembered)
     head = Work(matrix=2.0 * step.answer * step.shape.hidden * step.shape.vocabulary, launches=10)
     for name in ("watching",) if step.gradient.kind == "none" else ("forward", "backward"):

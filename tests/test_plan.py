@@ -188,7 +188,7 @@ def test_activations_are_what_autograd_keeps(positions: str, adapted: StreamingM
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             state = stream.feed(state, block[i * CHUNK : (i + 1) * CHUNK])
-        assert sum(kept.values()) == pytest.approx(step.activations(chunk, remembered=False), rel=0.04)
+        assert sum(kept.values()) == pytest.approx(step.activations(chunk, "made"), rel=0.04)
 
 
 def tensors(state: StreamState) -> list[Tensor]:

@@ -70,7 +70,7 @@ class Shape:
     def forward_flops(self) -> tuple[float, float]:
         """Floating-point operations of one streaming pass over `tokens`: of the matrices, and of attention."""
         step = self.step(MemorySpec("sliding_window", budget=self.budget, chunk_tokens=self.chunk), Gradient("none"))
-        done = sum((c.count * forward(step, c) for c in step.chunks), Work())
+        done = sum((c.count * forward(step, c, remembered=False) for c in step.chunks), Work())
         return done.matrix, done.attention
 
     def step_flops(self) -> float:
