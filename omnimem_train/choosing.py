@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -41,9 +44,15 @@ class Chooser:
         """For a new stream: what is derived from the weights alone is made anew, they may have changed."""
         self._grams.clear()
 
-    def hold(self, grams: list[Tensor]) -> None:
-        """Take `gram` of the layers from outside until the next `start`; nothing for an empty list."""
-        self._grams.update(enumerate(grams))
+    @contextmanager
+    def holding(self, grams: list[Tensor]) -> Iterator[None]:
+        """Inside, `gram` of the layers is what is given; nothing changes for an empty list."""
+        before = self._grams
+        self._grams = before | dict(enumerate(grams))
+        try:
+            yield
+        finally:
+            self._grams = before
 
     def count_text(self, memory: LayerMemory, chunk: Tensor) -> int:
         """Text tokens among the candidates: a layer's memory and a chunk of modalities (B, n). Text is never dropped,

@@ -15,7 +15,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from omnimem_train.recompute import gradients_of
 from omnimem_train.snapshots import FirstPass, Layers, Undo
 
 FIELDS = len(fields(LayerMemory))
-_RECORDINGS: WeakKeyDictionary[StreamingModel, tuple[Recordings, Recordings]] = WeakKeyDictionary()
 
 
 class ChunkGraphs:
@@ -41,7 +39,7 @@ class ChunkGraphs:
     def __init__(self, passes: ChunkPass) -> None:
         self.passes = passes
         model = passes.model
-        self.first, self.second = _RECORDINGS.setdefault(model, (Recordings(), Recordings(most=1)))
+        self.first, self.second = recordings_of(model)
         self._stands = _standing(model)
         selector = passes.chooser.selector
         self._can = (
@@ -143,9 +141,10 @@ class Shape:
         held = iter(inputs)
         first = FirstPass(_given(next(held)), {name: _given(next(held)) for name in self.extras}, self.notes)
         chunk = _chunk_from(self.chunk, held)
-        passes.chooser.hold([_given(next(held)) for _ in range(self.n_grams)])
+        grams = [_given(next(held)) for _ in range(self.n_grams)]
         layers = self._layers(held)
-        kept, _ = passes.run(layers, first.embeds, chunk, first)
+        with passes.chooser.holding(grams):
+            kept, _ = passes.run(layers, first.embeds, chunk, first)
         undo = [t for u in first.undo for t in (u.gone, u.keys, u.values)]
         return [*_of_layers(kept), *first.rows, *undo]
 
@@ -198,6 +197,12 @@ def _of_layers(layers: Layers) -> list[Tensor | None]:
 def _given(x: Tensor | None) -> Tensor:
     assert x is not None
     return x
+
+
+def recordings_of(model: StreamingModel) -> tuple[Recordings, Recordings]:
+    """Of first and of second passes. They go with the model."""
+    held: tuple[Recordings, Recordings] = vars(model).setdefault("_recordings", (Recordings(), Recordings(most=1)))
+    return held
 
 
 def _standing(model: StreamingModel) -> Hashable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +176,39 @@ def test_copies_of_many_kinds() -> None:
     assert all(torch.equal(a, b) for a, b in zip(targets, sources, strict=True))
 
 
+def test_recordings_go_with_the_model() -> None:
+    model = ToyModel()
+    model.graphs = True
+    Stream(model, SPEC).feed(Stream(model, SPEC).start(), toy_stream(7))
+    stream = Stream(model, SPEC)
+    stream.flush(stream.feed(stream.start(), toy_stream(120)))
+    assert chunk_graphs.recordings_of(model)[0]._held
+    gone = weakref.ref(model)
+    del model, stream
+    gc.collect()
+    assert gone() is None
+
+
+def test_streams_keep_their_own_matrices() -> None:
+    """What a recording was made with is not what another stream, on other weights, is given."""
+    model, media = ToyModel(), toy_stream(120)
+    model.graphs = True
+    for _ in range(2):
+        stream = Stream(model, SPEC)
+        stream.flush(stream.feed(stream.start(), media))
+    before = [stream.chooser.gram(i).clone() for i in range(model.n_layers)]
+    with torch.no_grad():
+        for layer in model.module.layers:
+            layer.o.weight.mul_(2)
+    other, plain = Stream(model, SPEC), ToyModel()
+    plain.module.load_state_dict(model.module.state_dict())
+    found = other.flush(other.feed(other.start(), media))
+    reference = Stream(plain, SPEC)
+    wanted = reference.flush(reference.feed(reference.start(), media))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(wanted), strict=True))
+    assert all(torch.equal(stream.chooser.gram(i), before[i]) for i in range(model.n_layers))
+
+
 def test_moved_weights_are_noticed() -> None:
     model = ToyModel()
     before = chunk_graphs._standing(model)
@@ -215,6 +250,6 @@ def test_on_a_gpu(nano_folder: Path, attention: str) -> None:
             optimizer.zero_grad()
         found.append(kept)
         if graphs:
-            assert all(r._held and not r.failed for r in chunk_graphs._RECORDINGS[model])
+            assert all(r._held and not r.failed for r in chunk_graphs.recordings_of(model))
     for plain, recorded in zip(*found, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=0.02, atol=1e-3)
