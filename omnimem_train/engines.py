@@ -51,6 +51,12 @@ def make_accelerator(t: TrainConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if not torch.distributed.is_initialized():
+            raise UserError(
+                f"train.deepspeed={t.deepspeed} in a process that no launcher started",
+                cause="DeepSpeed needs a process group, also for one process",
+                remedy="put torchrun --nproc_per_node 1 -m in front of omnimem_train, or the deepspeed launcher",
+            )
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         check_deepspeed(settings, t)
         # transformers looks at this object and would partition with ZeRO-3 while it loads; here that comes afterwards

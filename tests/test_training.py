@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -344,6 +345,17 @@ def test_what_a_user_does_wrong_is_said_before_training(
     captured = capsys.readouterr()
     assert code == 2
     assert message in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_without_a_launcher_is_refused(recipe: Path, tmp_path: Path, stage: int) -> None:
+    settings = ROOT / "recipes" / "launch" / f"zero{stage}.json"
+    env = {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
+    stopped = launch(recipe, tmp_path / "run", f"train.deepspeed={settings}", **env)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "no launcher started" in stopped.stderr and "torchrun" in stopped.stderr
     assert not (tmp_path / "run").exists()
 
 
