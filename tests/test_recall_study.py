@@ -153,7 +153,7 @@ def test_all_jobs_of_the_study_have_names_of_their_own() -> None:
 
 def test_a_measurement_from_end_to_end(tmp_path: Path, base: Path) -> None:
     """Two parts of one file: measured, merged, and read as the page reads them."""
-    context = Context(tmp_path, tmp_path / "results", [base], {"test": SetSpec("test", 2, 4, WORLD)}, "me", "cpu")
+    context = Context(tmp_path, tmp_path / "results", {0: base}, {"test": SetSpec("test", 2, 4, WORLD)}, "me", "cpu")
     forms = [Form("perturbation", rho=True), Form("snapkv", allocation=0.5)]
     scores = [
         Answers("main", 0, "test", ((form, 24),), full=i == 0, part=i).run(context) for i, form in enumerate(forms)

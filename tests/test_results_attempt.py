@@ -12,13 +12,14 @@ import pytest
 from test_results_page import CONTROLS, FULL, OURS, Folder, first, setting, tune
 
 from omnimem_train.errors import UserError
-from scripts.recall.attempt import Attempt, pack_up, run_attempt
+from scripts.recall.attempt import Attempt, lacking, pack_up, run_attempt
 from scripts.recall.finetune import COMBINATIONS, EQUAL, MINUTE, arm_of, configure, equal_name
 from scripts.recall.jobs import Answers, Context, Tune, merge
 from scripts.recall.load import load
 from scripts.recall.methods import BUDGETS, Form
 from scripts.recall.results_attempt import choose_combination
 from scripts.recall.results_goals import MET, MISSED, UNMEASURED
+from scripts.recall.study import numbered
 
 TRAINING = {"steps": 200, "lr": 1e-3, "answer": 1.0, "distill": 0.5, "retention": 1.0, "learned": True,
             "budgets": [24, 96], "full_share": 0.3}  # fmt: skip
@@ -170,6 +171,38 @@ def test_jobs_of_the_attempt() -> None:
     assert arm_of("c01_center").told(MINUTE)["steps"] == 200
 
 
+def test_a_second_base_is_tested_and_not_tried_on() -> None:
+    own = Attempt(BEST, bases=(2,))
+    tested = own.tested("c01_center", trained=False)
+    assert own.tried() == [] and {job.base for job in tested} == {2}
+    assert isinstance(tested[0], Answers) and tested[0].full and tested[0].model == "base2"
+    assert len(tested) == 1 + 3 * 5
+    both = Attempt(BEST, bases=(0, 2)).tested("c01_center", trained=True)
+    assert len(both) == 1 + 2 * 3 * 5 and [type(job) for job in both if job.seed == 0][:2] == [Answers, Tune]
+
+
+def test_answers_that_are_there_are_not_given_again(folder: Folder) -> None:
+    own = Attempt(BEST)
+    measured(folder, "combination", "base", 50, 96, None)
+    for arm, training in (("c01_center", arm_of("c01_center").told(MINUTE)), ("c05_low", TRAINING)):
+        folder.run("combination", arm, {"full": (FULL, first(96)), "x": (setting(*OURS, 20), first(70))},
+                   arm=arm, seed=0, clip_set="val", training=training)  # fmt: skip
+    left = {job.arm for job in lacking(own.tried(), load(folder.path))}
+    assert left == set(COMBINATIONS) - {"c01_center"}  # that of c05_low was trained in another way
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [(["a", "b"], {0: "a", 1: "b"}), (["2=x/y"], {2: "x/y"}), (["a", "2=b"], {0: "a", 2: "b"})]
+)
+def test_base_models_have_numbers(given: list[str], found: dict[int, str]) -> None:
+    assert numbered(given) == {number: Path(path) for number, path in found.items()}
+
+
+def test_two_base_models_of_one_number_are_refused() -> None:
+    with pytest.raises(UserError, match="two base models"):
+        numbered(["a", "0=b"])
+
+
 class Runs:
     """Stands in for the study's queue: leaves what the jobs would leave, except that of the arms in `broken`."""
 
@@ -200,7 +233,7 @@ def test_an_attempt_chooses_then_tests_and_packs_what_is_new(
 ) -> None:
     tune(folder, {"base": 50, "budget_lora": 62} | CONTROLS)
     before = {path.name: path.read_bytes() for path in (folder.path / "answers").iterdir()}
-    context = Context(tmp_path / "work", folder.path, [tmp_path], {}, "me", "cpu")
+    context = Context(tmp_path / "work", folder.path, {0: tmp_path}, {}, "me", "cpu")
     (context.work / "adapters" / "base0-c05_low-s0").mkdir(parents=True)
     (context.work / "adapters" / "base0-c05_low-s0" / "weights").write_text("w")
     (context.work / "adapters" / "base0-c01_center-s0").mkdir()

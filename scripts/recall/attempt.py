@@ -2,20 +2,23 @@
 
 What is tried is `finetune.COMBINATIONS`, one seed each. Chosen is, by `results_attempt.choose_combination`, what is
 best at the two smallest budgets among those that keep their full-cache accuracy. That one is trained with all seeds
-beside controls of as many steps and the same learning rate, which see full caches or one fixed budget.
+beside controls of as many steps and the same learning rate, which see full caches or one fixed budget. Answers that the
+folder of results holds already are not given again.
 """
 
 from __future__ import annotations
 
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from scripts.recall.finetune import COMBINATIONS, EQUAL, MINUTE, Scale, arm_of, equal_name
 from scripts.recall.jobs import Answers, Context, Tune, adapter_name, merge
-from scripts.recall.load import load
+from scripts.recall.load import Data, load
 from scripts.recall.methods import BUDGETS, Form, learned
 from scripts.recall.phases import at
 from scripts.recall.results_attempt import ON_TEST, ON_VALIDATION, choose_combination
@@ -32,43 +35,64 @@ class Attempt:
     Attributes:
         best: the training-free method that reads a memory without learned importance.
         scale: of the training. seeds: of the chosen combination and the controls.
+        bases: numbers of the base models. Combinations are tried on base 0 alone.
     """
 
     best: Form
     scale: Scale = MINUTE
     seeds: int = 3
+    bases: tuple[int, ...] = (0,)
 
     def form(self, arm: str) -> Form:
         """The method in the loop of an arm, which also reads its memory."""
         own = arm_of(arm)
         return learned(self.best, own.lam, own.rho, own.audio) if own.learned else self.best
 
-    def tune(self, arm: str, seed: int, clip_set: str, asked: tuple[int, ...], study: str) -> Tune:
+    def tune(self, arm: str, seed: int, clip_set: str, asked: tuple[int, ...], study: str, base: int = 0) -> Tune:
         """A training and its answers."""
         scale = replace(self.scale, clip_set=clip_set, asked=asked)
-        return Tune(0, arm, seed, self.form(arm), (self.form(arm),), scale, study)
+        return Tune(base, arm, seed, self.form(arm), (self.form(arm),), scale, study)
 
     def tried(self) -> list[Any]:
         """The untouched base and every combination, on validation clips; long trainings first."""
+        if 0 not in self.bases:
+            return []
         arms = sorted(COMBINATIONS, key=lambda arm: -COMBINATIONS[arm].times)
         jobs: list[Any] = [self.tune(arm, 0, "val", SMALLEST, ON_VALIDATION) for arm in arms]
-        base = Answers(ON_VALIDATION, 0, "val", at([self.best], SMALLEST), full=True, dtype=self.scale.dtype)
-        return [base, *jobs]
+        return [self._untouched(ON_VALIDATION, 0, "val", SMALLEST), *jobs]
 
     def tested(self, chosen: str, trained: bool) -> list[Any]:
-        """The chosen combination and its controls, on the test clips. Where its adapter of seed 0 is not there any more
-        (`trained`), it is trained again."""
+        """The chosen combination and its controls, on the test clips; base models beside 0 also untouched. Where the
+        adapter of base 0 and seed 0 is still there (`trained`), it is not trained again."""
         arm = arm_of(chosen)
-        forms = at([self.form(chosen)], ASKED)
-        options: dict[str, Any] = {"dtype": self.scale.dtype, "trained": self.scale}
-        first = [Answers(ON_TEST, 0, "test", forms, full=True, arm=chosen, seed=0, **options)] if trained else []
         names = [chosen]
         names += [equal_name(control, arm.times, arm.lr) for control in EQUAL]
         if arm.lr != USUAL_LR:
             names.append(equal_name("fixed_74", arm.times, USUAL_LR))
-        runs = [(name, seed) for name in names for seed in range(self.seeds)]
-        runs = [run for run in runs if not (trained and run == (chosen, 0))]
-        return [*first, *(self.tune(name, seed, "test", ASKED, ON_TEST) for name, seed in runs)]
+        jobs: list[Any] = [self._untouched(ON_TEST, base, "test", ASKED) for base in self.bases if base]
+        for name, seed, base in product(names, range(self.seeds), self.bases):
+            if trained and (name, seed, base) == (chosen, 0, 0):
+                forms = at([self.form(chosen)], ASKED)
+                options: dict[str, Any] = {"dtype": self.scale.dtype, "trained": self.scale}
+                jobs.append(Answers(ON_TEST, 0, "test", forms, full=True, arm=chosen, seed=0, **options))
+            else:
+                jobs.append(self.tune(name, seed, "test", ASKED, ON_TEST, base))
+        return jobs
+
+    def _untouched(self, study: str, base: int, clip_set: str, asked: tuple[int, ...]) -> Answers:
+        return Answers(study, base, clip_set, at([self.best], asked), full=True, dtype=self.scale.dtype)
+
+
+def lacking(jobs: Sequence[Any], data: Data) -> list[Any]:
+    """The jobs whose answers `data` does not hold: of the same model, trained in the same way."""
+    held = {(r.study, r.base, r.arm, r.seed): r.training for r in data.runs}
+
+    def done(job: Any) -> bool:
+        scale = job.scale if isinstance(job, Tune) else job.trained
+        training = {} if scale is None else arm_of(job.arm).told(scale)
+        return held.get((job.study, job.base, job.arm, job.seed)) == training
+
+    return [job for job in jobs if not done(job)]
 
 
 def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None) -> list[str]:
@@ -81,7 +105,7 @@ def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None
         jobs.kept = lambda: pack_up(context, pack)  # what ends this from outside loses no job that is done
     try:
         for jobs_of in (attempt.tried, lambda: tests_of_chosen(context, attempt)):
-            part = jobs_of()
+            part = lacking(jobs_of(), load(context.results))
             jobs.run(part)
             if jobs.failed and time.perf_counter() < jobs.until:
                 print(f"again: {len(jobs.failed)} jobs", flush=True)

@@ -181,6 +181,15 @@ COMBINATIONS: dict[str, Arm] = {
     "c12_lam1": combined(lam=1.0),
     "c13_audio03": combined(audio=0.3),
     "c14_audio04_distill1_lr5": combined(distill=1.0, lr=5e-4, audio=0.4),
+    # around the best of these, and with more full-cache steps, since none kept its full-cache accuracy
+    "c15_lam2": combined(lam=2.0),
+    "c16_lam1_full_share_05": combined(lam=1.0, full_share=0.5),
+    "c17_lam2_full_share_05": combined(lam=2.0, full_share=0.5),
+    "c18_lam1_distill1_full_share_05": combined(lam=1.0, distill=1.0, full_share=0.5),
+    "c19_lam1_lr5_full_share_05": combined(lam=1.0, lr=5e-4, full_share=0.5),
+    "c20_lam4_full_share_05": combined(lam=4.0, full_share=0.5),
+    "c21_lam1_full_share_07": combined(lam=1.0, full_share=0.7),
+    "c22_lam2_low_full_share_05": combined(lam=2.0, drawn=LOW, full_share=0.5),
 }
 CONTROL_LRS = (5e-4, 1e-3, 2e-3)
 

@@ -6,7 +6,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -53,13 +53,13 @@ class Context:
 
     Attributes:
         work: folder of encoded clips, runs and adapters. results: folder of the results.
-        bases: the base models. sets: clip sets by name.
+        bases: the base models by number. sets: clip sets by name.
         command: what started the study, noted with the results.
     """
 
     work: Path
     results: Path
-    bases: Sequence[Path]
+    bases: Mapping[int, Path]
     sets: Mapping[str, SetSpec]
     command: str
     device: str = "cuda"

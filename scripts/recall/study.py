@@ -140,7 +140,9 @@ def check_work(context: Context) -> None:
         UserError: `work` holds such.
     """
     context.work.mkdir(parents=True, exist_ok=True)
-    weights = [hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()[:16] for base in context.bases]
+    weights = [
+        hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()[:16] for base in context.bases.values()
+    ]
     now, path = {"bases": weights, "sets": repr(dict(context.sets))}, context.work / "identity.json"
     if path.exists() and json.loads(path.read_text()) != now:
         raise UserError(f"{context.work} holds work on other models or clips", remedy="name another folder")
@@ -178,7 +180,7 @@ def run_short(context: Context, workers: int, budget_s: float, seeds: int) -> li
     """Fine-tuning and its controls on short clips, with the method that an earlier tuning chose; what failed."""
     begun, chosen = time.perf_counter(), Chosen.from_results(context.results)
     check_work(context)
-    bases = range(len(context.bases))
+    bases = list(context.bases)
     jobs = Queue(context, workers, begun + budget_s)
     try:
         jobs.run([Encode(base, name) for base in bases for name in ("short", "short_pool")])
@@ -198,7 +200,7 @@ def run_last(context: Context, workers: int, budget_s: float, attempt: Attempt, 
     begun = time.perf_counter()
     check_work(context)
     jobs = Queue(context, workers, begun + budget_s)
-    jobs.run([Encode(0, name) for name in ("pool", "val", "test")])
+    jobs.run([Encode(base, name) for base in context.bases for name in ("pool", "val", "test")])
     if jobs.failed:
         jobs.close()
         return jobs.failed
@@ -219,17 +221,33 @@ class Encode:
         return {}
 
 
+def numbered(bases: Sequence[str]) -> dict[int, Path]:
+    """Base models by the number they have in the results: `NUMBER=MODEL`, or one after the other."""
+    found: dict[int, Path] = {}
+    for place, given in enumerate(bases):
+        number, named, path = given.partition("=")
+        if named and number.isdigit():
+            found[int(number)] = Path(path)
+        else:
+            found[place] = Path(given)
+    if len(found) < len(bases):
+        raise UserError(f"--bases {' '.join(bases)}", "two base models have one number", "give each its own")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="scripts.recall.study", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("work", type=Path, help="folder of encoded clips, runs, parts")
-    parser.add_argument("--bases", type=Path, nargs="+", required=True, help="pre-trained models")
+    parser.add_argument(
+        "--bases", nargs="+", required=True, help="pre-trained models; with --attempt also NUMBER=MODEL"
+    )
     parser.add_argument("--results", type=Path, default=Path("scripts/recall/results"))
     parser.add_argument("--budget-s", type=float, default=1e9, help="no job begins after so many seconds")
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
     parser.add_argument("--short", action="store_true", help="fine-tuning alone, on clips of 24 s: for a CPU")
-    parser.add_argument("--attempt", action="store_true", help="the last attempt at fine-tuning, on the first base")
+    parser.add_argument("--attempt", action="store_true", help="the last attempt at fine-tuning")
     parser.add_argument("--tuned", type=Path, help="with --attempt: results of the tuning, if not in --results")
     parser.add_argument("--pack", type=Path, help="with --attempt: everything new in one file, .tar.gz")
     parser.add_argument("--steps", type=int, default=MINUTE.steps, help="with --attempt: fewer, for a trial")
@@ -237,11 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     a = parser.parse_args(argv)
     command = "python -m scripts.recall.study " + " ".join(sys.argv[1:] if argv is None else argv)
-    context = Context(a.work, a.results, a.bases, sets(a.scale), command, a.device)
+    context = Context(a.work, a.results, numbered(a.bases), sets(a.scale), command, a.device)
+    if not a.attempt and list(context.bases) != list(range(len(context.bases))):
+        raise UserError(f"--bases {' '.join(a.bases)}", "the study numbers its base models from 0", "leave numbers out")
     if a.attempt:
         size = min(MINUTE.size, context.sets["pool"].n)
         scale = replace(MINUTE, steps=a.steps, size=size, dtype="bfloat16" if a.device == "cuda" else "float32")
-        attempt = Attempt(Chosen.from_results(a.tuned or a.results).best, scale, a.seeds)
+        attempt = Attempt(Chosen.from_results(a.tuned or a.results).best, scale, a.seeds, tuple(context.bases))
         failed = run_last(context, a.workers, a.budget_s, attempt, a.pack)
     else:
         failed = (run_short if a.short else run)(context, a.workers, a.budget_s, a.seeds)
