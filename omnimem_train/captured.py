@@ -26,8 +26,9 @@ Function = Callable[[Tensors], Tensors]
 class Captured:
     """`function`, recorded on copies of `inputs`.
 
-    It must read tensors only, wait for no result on the host, and draw no random numbers. Weights it reads beside its
-    inputs are read where they are: they may change, but not move. None among inputs and outputs stays None.
+    It must read tensors only and wait for no result on the host. Random numbers are drawn anew in each call, from where
+    the device's generator stands. Weights it reads beside its inputs are read where they are: they may change, but not
+    move. None among inputs and outputs stays None.
 
     Args:
         function: from a list of tensors to a list of tensors.

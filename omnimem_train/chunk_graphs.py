@@ -4,8 +4,10 @@ In a stream with one budget and chunk length every chunk after the first few has
 training its second pass with the way back, are each one replay then (`omnimem_train.captured`). What is recorded is
 `ChunkPass` itself, so results are those of the same kernels.
 
-Not recorded, and run as usual: learning with dropout or a retention loss, selectors that wait for the host or read the
-output projection itself, full snapshots in the second pass, gradient of embeddings or extras.
+Dropout draws in a replay what it would draw launch by launch: a replay starts where the device's generator stands.
+
+Not recorded, and run as usual: learning with a retention loss, selectors that wait for the host or read the output
+projection itself, layer inputs in the second pass, gradient of embeddings or extras.
 """
 
 from __future__ import annotations
@@ -48,14 +50,13 @@ class ChunkGraphs:
             and not ("output_weight" in selector.needs and "output_gram" not in selector.needs)
             and not passes.spec.unlimited
         )
-        self._draws = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in model.module.modules())
         self._setting = (passes.spec.fingerprint(), model.module.training, self._stands)
 
     # First pass ------------------------------------------------------------------------------------------------------
 
     def run(self, layers: Layers, embeds: Tensor, chunk: ChunkInputs, first: FirstPass) -> Result | None:
         """`ChunkPass.run`, the first time and without gradient; None where it is not recorded."""
-        if not self._can or torch.is_grad_enabled() or (self._draws and first.notes):
+        if not self._can or torch.is_grad_enabled():
             return None
         given = [embeds, *first.extras.values(), *_of_chunk(chunk), *self._grams(), *_of_layers(layers)]
         key = (self._setting, chunk.n_text, first.notes, tuple(first.extras), shapes(given))
@@ -80,22 +81,24 @@ class ChunkGraphs:
         """Gradients as `recompute.gradients_of` gives them; None where that is not recorded."""
         rows = first.rows
         steady = all(r is not None and r.shape[-1] == m.n_tokens for r, m in zip(rows, layers, strict=True))
-        if not self._can or self._draws or not first.notes or needed[0] or not steady or first.extras:
+        hidden = any(m.hidden is not None for m in layers)
+        if not self._can or hidden or needed[0] or not steady or first.extras:
             return None
-        memory = [t for m in layers for t in (m.keys, m.values)]
-        wanted = [t.requires_grad for t in memory]
+        notes, n_layers = first.notes, len(layers)
+        wanted = [t.requires_grad for m in layers for t in (m.keys, m.values)]
+        memory = [t for m in layers for t in (m.keys, m.values)] if notes else _of_layers(layers)
         given = [embeds, *_of_chunk(chunk), *rows, *memory, *grads]
-        key = (self._setting, stop_layer, tuple(wanted), tuple(needed), shapes(given))
-        n_layers = len(layers)
+        key = (self._setting, stop_layer, notes, tuple(wanted), tuple(needed), shapes(given))
 
         def function(inputs: Tensors) -> Tensors:
             held = iter(inputs)
             again, known = _given(next(held)), _chunk_from(chunk, held)
-            noted = FirstPass(again, notes=True, rows=[_given(next(held)) for _ in range(n_layers)])
-            data = [_given(next(held)).detach().requires_grad_(flag) for flag in wanted]
-            bare = tuple(LayerMemory.bare(*data[2 * i : 2 * i + 2]) for i in range(n_layers))
+            noted = FirstPass(again, notes=notes, rows=[_given(next(held)) for _ in range(n_layers)])
+            flags = iter(wanted)
+            before = tuple(_leaves(held, flags, bare=notes) for _ in range(n_layers))
+            data = [t for m in before for t in (m.keys, m.values)]
             with torch.enable_grad(), own_leaves(self.passes.model.module, weights) as leaves:
-                kept, more = self.passes.run(bare, again, known, noted, stop_layer)
+                kept, more = self.passes.run(before, again, known, noted, stop_layer)
                 return gradients_of(kept, more, [again, *data, *leaves], list(held), needed)
 
         recorded = self._recorded(self.second, key, function, given)
@@ -188,6 +191,14 @@ def _chunk_from(like: ChunkInputs, held: Iterator[Tensor | None]) -> ChunkInputs
     """A chunk like `like` of the next tensors in `held`."""
     positions, cos, sin, modality, time_s, index = (_given(next(held)) for _ in range(6))
     return replace(like, positions=positions, rope=(cos, sin), modality=modality, time_s=time_s, index=index)
+
+
+def _leaves(held: Iterator[Tensor | None], wanted: Iterator[bool], bare: bool) -> LayerMemory:
+    """The next memory of `held`, keys and values as leaves with gradient where it is `wanted`; `bare`: nothing else."""
+    keys, values = (_given(next(held)).detach().requires_grad_(next(wanted)) for _ in range(2))
+    if bare:
+        return LayerMemory.bare(keys, values)
+    return LayerMemory.from_tensors([keys, values, *(next(held) for _ in range(FIELDS - 2))])
 
 
 def _of_layers(layers: Layers) -> list[Tensor | None]:

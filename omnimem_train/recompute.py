@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from omnimem_train.memory.state import LayerMemory
 from omnimem_train.snapshots import Layers, Snapshot
 
 Result = tuple[Layers, Tensor | None]
+T = TypeVar("T")
 Run = Callable[[Layers, Tensor], Result]
 Back = Callable[[Layers, Tensor, Sequence[Tensor | None], Sequence[bool]], list[Tensor | None] | None]
 
@@ -77,7 +78,7 @@ class _Surroundings:
         autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         return cls(kind, torch.get_rng_state(), *get_device_states(like), autocast)
 
-    def again(self, run: Callable[[], Result]) -> Result:
+    def again(self, run: Callable[[], T]) -> T:
         """`run()` in them, with gradient."""
         kind = "cuda" if self.device == "cpu" else self.device  # fork_rng wants an accelerator's name
         with torch.random.fork_rng(self.devices, device_type=kind), torch.enable_grad():
@@ -106,7 +107,8 @@ class _Work:
         layers = self.snapshot.restore()
         embeds = self.again().detach().requires_grad_(needed[0])
         if self.back is not None:
-            found = self.back(layers, embeds, grads, needed)
+            back = self.back
+            found = self.surroundings.again(lambda: back(layers, embeds, grads, needed))
             if found is not None:
                 return found
         kept, more = self.surroundings.again(lambda: self.run(layers, embeds))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toy import ToyModel, toy_question, toy_stream
 
 from omnimem_train import chunk_graphs
@@ -64,15 +64,21 @@ def test_prefill(selector: str, positions: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("gradient", [ALL, Gradient("last", chunks=6), Gradient("stop_layer", layer=1)], ids=str)
-def test_step(gradient: Gradient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps, with other weights in the second: recordings read weights where they are."""
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_step(gradient: Gradient, positions: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, with other weights in the second: recordings read weights where they are. Both passes of a chunk, and
+    a run without recordings, drop the same numbers."""
     used, found = counted(monkeypatch), []
     for graphs in (False, True):
         model, losses = ToyModel(), []
         model.graphs = graphs
+        for layer in model.module.layers:
+            layer.mlp.append(nn.Dropout(dropout))
         weights = list(model.module.parameters())
+        torch.manual_seed(0)
         for seed in (0, 1):
-            loss, _ = loss_of(model, toy_stream(120, seed=seed), gradient, SPEC)
+            loss, _ = loss_of(model, toy_stream(120, seed=seed), gradient, replace(SPEC, positions=positions))
             loss.backward()
             losses.append(loss.detach())
             with torch.no_grad():
@@ -107,15 +113,6 @@ def test_left_alone(selector: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model.graphs = True
     loss_of(model, toy_stream(120), ALL, replace(SPEC, selector=selector))
     assert "first" not in used
-
-
-def test_dropout_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = counted(monkeypatch)
-    model = ToyModel()
-    model.graphs = True
-    model.module.dropout = torch.nn.Dropout(0.1)
-    loss_of(model, toy_stream(120), ALL, SPEC)[0].backward()
-    assert not used
 
 
 def test_failure_is_said_and_run_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +217,12 @@ def test_moved_weights_are_noticed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("attention", ["sdpa", "split"])
-def test_on_a_gpu(nano_folder: Path, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "positions", "dropout"),
+    [("sdpa", "absolute", 0.0), ("split", "absolute", 0.0), ("sdpa", "compact", 0.0), ("split", "absolute", 0.2),
+     ("split", "compact", 0.2)],
+)  # fmt: skip
+def test_on_a_gpu(nano_folder: Path, attention: str, positions: str, dropout: float) -> None:
     """Recorded launches of a stock decoder: same memories, losses and gradients, over steps with other weights."""
     from omnimem_train.models.loading import load_model
     from omnimem_train.models.lora import LoraSettings, add_lora, lora_parameters
@@ -230,7 +231,8 @@ def test_on_a_gpu(nano_folder: Path, attention: str) -> None:
     for graphs in (False, True):
         torch.manual_seed(0)
         model = load_model(nano_folder, dtype="bfloat16", device="cuda", attention=attention, graphs=graphs)
-        add_lora(model, LoraSettings(r=4))
+        add_lora(model, LoraSettings(r=4, dropout=dropout))
+        model.module.train()
         weights = [p for _, p in lora_parameters(model)]
         for p in weights:
             torch.nn.init.normal_(p, std=0.05)
@@ -240,7 +242,7 @@ def test_on_a_gpu(nano_folder: Path, attention: str) -> None:
             media = toy_stream(640, dtype=torch.bfloat16)
             embeds = torch.randn(1, 640, model.hidden_size, generator=generator)
             media = TokenBlock(*[x.cuda() for x in (embeds.bfloat16(), media.positions, media.modality, media.time_s)])
-            stream = Stream(model, MemorySpec(budget=64, chunk_tokens=32), ALL, media.n)
+            stream = Stream(model, MemorySpec(budget=64, chunk_tokens=32, positions=positions), ALL, media.n)
             state = stream.flush(stream.feed(stream.start(), media))
             hidden = stream.ask(state, [media[:5]])
             loss = model.logits(hidden).float().log_softmax(-1)[..., 3].mean()
