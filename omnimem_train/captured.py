@@ -23,8 +23,53 @@ Tensors = list[Tensor | None]
 Function = Callable[[Tensors], Tensors]
 
 
+class Slots:
+    """Memory at fixed places, shared by recordings of which none runs while another does.
+
+    The largest tensor of a recording takes the largest slot, and so on; a slot that is too small makes way for a larger
+    one, and whoever has the smaller one keeps it.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[Tensor] = []  # uint8, longest first
+
+    def like(self, tensors: Sequence[Tensor | None]) -> Tensors:
+        """Contiguous tensors of the shapes, precisions and device of `tensors`, in slots of their own."""
+        found: Tensors = [None] * len(tensors)
+        there = [(i, t) for i, t in enumerate(tensors) if t is not None]
+        for number, (i, tensor) in enumerate(sorted(there, key=lambda pair: -pair[1].nbytes)):
+            slots = self._slots[number : number + 1]
+            if not slots or slots[0].numel() < tensor.nbytes or slots[0].device != tensor.device:
+                slots = [torch.empty(tensor.nbytes, dtype=torch.uint8, device=tensor.device)]
+                self._slots[number : number + 1] = slots
+            found[i] = slots[0][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return found
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slot.numel() for slot in self._slots)
+
+
+@dataclass
+class Shared:
+    """What recordings share that never run at the same time: places of inputs and of results, and the memory pool of
+    everything in between."""
+
+    inputs: Slots = field(default_factory=Slots)
+    outputs: Slots = field(default_factory=Slots)
+    _pool: Any = None
+
+    @property
+    def pool(self) -> Any:
+        """See `torch.cuda.graph_pool_handle`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
 class Captured:
-    """`function`, recorded on copies of `inputs`.
+    """`function`, recorded on memory of the shapes of `inputs`.
 
     It must read tensors only and wait for no result on the host. Random numbers are drawn anew in each call, from where
     the device's generator stands. Weights it reads beside its inputs are read where they are: they may change, but not
@@ -32,31 +77,44 @@ class Captured:
 
     Args:
         function: from a list of tensors to a list of tensors.
-        inputs: shapes, precisions and device of what it will be given; may be overwritten here and there.
-        pool: memory that recorded functions share which never run at the same time, see `torch.cuda.graph_pool_handle`.
+        inputs: what it is given the first time.
+        shared: memory it has together with others; its own if not given.
     """
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor | None], pool: Any = None) -> None:
-        self._function = function
-        self._inputs: Tensors = [None if x is None else x.detach().clone() for x in inputs]
+    def __init__(self, function: Function, inputs: Sequence[Tensor | None], shared: Shared | None = None) -> None:
+        self._function, self._shared = function, shared or Shared()
+        self._inputs = self._shared.inputs.like(inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Tensors = []
         if any(x is not None and x.is_cuda for x in inputs):
+            _copy_given(self._inputs, inputs)
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # other threads decode and encode meanwhile: what they do is no part of this
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._outputs = function(self._inputs)
+            with torch.cuda.graph(self._graph, pool=self._shared.pool, capture_error_mode="thread_local"):
+                self._run()
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Tensors:
         """The function's results for `inputs`, as tensors of their own."""
-        copy_all([x for x in self._inputs if x is not None], [x for x in inputs if x is not None])
+        _copy_given(self._inputs, inputs)
         if self._graph is None:
-            return [None if x is None else x.detach().clone() for x in self._function(self._inputs)]
-        self._graph.replay()
+            self._run()
+        else:
+            self._graph.replay()
         found: Tensors = [None if x is None else torch.empty_like(x) for x in self._outputs]
-        copy_all([x for x in found if x is not None], [x for x in self._outputs if x is not None])
+        _copy_given(found, self._outputs)
         return found
+
+    def _run(self) -> None:
+        """The function, and its results moved to where they stay until the next recording runs."""
+        found = self._function(self._inputs)
+        self._outputs = self._shared.outputs.like(found)
+        _copy_given(self._outputs, found)
+
+
+def _copy_given(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> None:
+    """Copy all that is not None."""
+    copy_all([x for x in targets if x is not None], [x for x in sources if x is not None])
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -86,7 +144,7 @@ class _Held:
 
 @dataclass
 class Recordings:
-    """Recorded functions by key. Few are held: each has memory of its own.
+    """Recorded functions by key. Few are held: each is thousands of launches.
 
     Attributes:
         most: how many are held.
@@ -94,16 +152,17 @@ class Recordings:
             recordings have to make way before they were of use, it grows: recording takes as long as some runs do.
         rest: calls after which one that was not used may make way for another.
         failed: why recording is given up; empty while it is not.
+        shared: the memory of all of them.
     """
 
     most: int = 6
     seen_first: int = 2
     rest: int = 16
     failed: str = ""
+    shared: Shared = field(default_factory=Shared)
     _calls: int = 0
     _held: dict[Hashable, _Held] = field(default_factory=dict)
     _met: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
-    _pool: Any = None
 
     def get(self, key: Hashable, function: Function, inputs: Sequence[Tensor | None]) -> Captured | None:
         """The recording under `key`, made now if the key was met often enough; None to run as usual."""
@@ -116,9 +175,7 @@ class Recordings:
             self._met.popitem(last=False)
         if self.failed or self._met[key] <= self.seen_first or not self._room():
             return None
-        if self._pool is None and torch.cuda.is_available():
-            self._pool = torch.cuda.graph_pool_handle()
-        found = Captured(function, inputs, self._pool)
+        found = Captured(function, inputs, self.shared)
         self._held[key] = _Held(found, 1, self._calls)
         return found
 

@@ -1,8 +1,8 @@
-"""Chunks whose launches are recorded once and replayed: both passes of a chunk after a full memory.
+"""Chunks whose launches are recorded once and replayed: both passes of a chunk.
 
-In a stream with one budget and chunk length every chunk after the first few has the same shapes. Its first pass, and in
-training its second pass with the way back, are each one replay then (`omnimem_train.captured`). What is recorded is
-`ChunkPass` itself, so results are those of the same kernels.
+In a stream with one budget and chunk length every chunk after the first few has the same shapes, and the first few have
+those of the first few of the next stream. A first pass, and in training a second pass with the way back, are then one
+replay each (`omnimem_train.captured`). What is recorded is `ChunkPass` itself, so results are of the same kernels.
 
 Dropout draws in a replay what it would draw launch by launch: a replay starts where the device's generator stands.
 
@@ -79,30 +79,30 @@ class ChunkGraphs:
         needed: Sequence[bool],
     ) -> list[Tensor | None] | None:
         """Gradients as `recompute.gradients_of` gives them; None where that is not recorded."""
-        rows = first.rows
-        steady = all(r is not None and r.shape[-1] == m.n_tokens for r, m in zip(rows, layers, strict=True))
         hidden = any(m.hidden is not None for m in layers)
-        if not self._can or hidden or needed[0] or not steady or first.extras:
+        if not self._can or hidden or needed[0] or first.extras:
             return None
         notes, n_layers = first.notes, len(layers)
-        wanted = [t.requires_grad for m in layers for t in (m.keys, m.values)]
+        # the memory's gradient is always computed, so that the oldest chunk, which needs none, is no case of its own
+        due = [False, *[True] * (2 * n_layers), *needed[1 + 2 * n_layers :]]
         memory = [t for m in layers for t in (m.keys, m.values)] if notes else _of_layers(layers)
-        given = [embeds, *_of_chunk(chunk), *rows, *memory, *grads]
-        key = (self._setting, stop_layer, notes, tuple(wanted), tuple(needed), shapes(given))
+        given = [embeds, *_of_chunk(chunk), *first.rows, *memory, *grads]
+        key = (self._setting, stop_layer, notes, tuple(due), shapes(given))
 
         def function(inputs: Tensors) -> Tensors:
             held = iter(inputs)
             again, known = _given(next(held)), _chunk_from(chunk, held)
-            noted = FirstPass(again, notes=notes, rows=[_given(next(held)) for _ in range(n_layers)])
-            flags = iter(wanted)
-            before = tuple(_leaves(held, flags, bare=notes) for _ in range(n_layers))
+            noted = FirstPass(again, notes=notes, rows=[next(held) for _ in range(n_layers)])
+            before = tuple(_leaves(held, bare=notes) for _ in range(n_layers))
             data = [t for m in before for t in (m.keys, m.values)]
             with torch.enable_grad(), own_leaves(self.passes.model.module, weights) as leaves:
                 kept, more = self.passes.run(before, again, known, noted, stop_layer)
-                return gradients_of(kept, more, [again, *data, *leaves], list(held), needed)
+                return gradients_of(kept, more, [again, *data, *leaves], list(held), due)
 
         recorded = self._recorded(self.second, key, function, given)
-        return None if recorded is None else recorded(given)
+        if recorded is None:
+            return None
+        return [g if need else None for g, need in zip(recorded(given), needed, strict=True)]
 
     def _recorded(
         self, among: Recordings, key: Hashable, function: Function, given: Sequence[Tensor | None]
@@ -193,9 +193,9 @@ def _chunk_from(like: ChunkInputs, held: Iterator[Tensor | None]) -> ChunkInputs
     return replace(like, positions=positions, rope=(cos, sin), modality=modality, time_s=time_s, index=index)
 
 
-def _leaves(held: Iterator[Tensor | None], wanted: Iterator[bool], bare: bool) -> LayerMemory:
-    """The next memory of `held`, keys and values as leaves with gradient where it is `wanted`; `bare`: nothing else."""
-    keys, values = (_given(next(held)).detach().requires_grad_(next(wanted)) for _ in range(2))
+def _leaves(held: Iterator[Tensor | None], bare: bool) -> LayerMemory:
+    """The next memory of `held`, keys and values as leaves with gradient; `bare`: nothing else."""
+    keys, values = (_given(next(held)).detach().requires_grad_() for _ in range(2))
     if bare:
         return LayerMemory.bare(keys, values)
     return LayerMemory.from_tensors([keys, values, *(next(held) for _ in range(FIELDS - 2))])
@@ -212,7 +212,10 @@ def _given(x: Tensor | None) -> Tensor:
 
 def recordings_of(model: StreamingModel) -> tuple[Recordings, Recordings]:
     """Of first and of second passes. They go with the model."""
-    held: tuple[Recordings, Recordings] = vars(model).setdefault("_recordings", (Recordings(), Recordings(most=1)))
+    if "_recordings" not in vars(model):
+        first = Recordings()
+        vars(model)["_recordings"] = first, Recordings(shared=first.shared)
+    held: tuple[Recordings, Recordings] = vars(model)["_recordings"]
     return held
 
 

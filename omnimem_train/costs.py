@@ -25,7 +25,6 @@ MARKS = 41
 evidence in float32, modality (`LayerMemory`)."""
 MEDIA_MARKS = 29  # bytes of a token of a clip beside its embedding: position, modality, time
 NORMS = 2  # of a layer
-RECORDED = 6  # first passes that are held recorded at most (`omnimem_train.captured.Recordings`)
 IN_FLIGHT = 3
 """Chunks whose parts are on the device when the rest waits in host memory: one in use, one on its way, and one more
 while it is put together for its copy."""
@@ -337,12 +336,15 @@ class StreamStep:
         )
 
     def recordings(self, gradients: float) -> float:
-        """Bytes of inputs and results of recorded chunks: the memory on its way in and out of first passes, and in
-        training, of the second pass after a full memory, the memory and its gradient both ways and `gradients` of the
-        weights. Their activations take the place of those of chunks that are run as usual."""
-        firsts = sum(self.snapshot(c.memory + c.kept) + self.left_behind(c) for c in self.chunks[:RECORDED])
-        full = self.shape.layers * max((c.kept for c in self.chunks), default=0.0) * self.token_bytes
-        return firsts + (3 * full + gradients if self.recomputes and self.undoes else 0)
+        """Bytes of the places where recorded chunks find their inputs and leave their results, which they share: for
+        first passes the memory on its way in and out; for second passes the memory and its gradient, and on the way out
+        that and `gradients` of the weights. Their activations take the place of those of chunks run as usual."""
+        given = max((self.snapshot(c.memory) for c in self.chunks), default=0.0)
+        found = max((self.snapshot(c.kept) + self.left_behind(c) for c in self.chunks), default=0.0)
+        if self.recomputes:
+            memory = self.shape.layers * max((c.kept for c in self.chunks), default=0.0) * self.token_bytes
+            given, found = max(given, 2 * memory), max(found, memory + gradients)
+        return given + found
 
     def weights(self, parameters: int) -> float:
         """Bytes of a model of so many numbers, of which the matrices of the layers may be packed."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toy import ToyModel, toy_question, toy_stream
 
 from omnimem_train import chunk_graphs
-from omnimem_train.captured import Captured, Recordings, copy_all
+from omnimem_train.captured import Captured, Recordings, Shared, copy_all
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import TokenBlock
 from omnimem_train.streaming import Gradient, Stream, StreamState
@@ -87,7 +87,7 @@ def test_step(gradient: Gradient, positions: str, dropout: float, monkeypatch: p
                         p -= 0.01 * p.grad
         found.append([*losses, *[p.detach() for p in weights], *[p.grad for p in weights if p.grad is not None]])
     assert used.count("first") > 12
-    assert used.count("second") > (0 if gradient.kind == "last" else 12)
+    assert used.count("second") >= (7 if gradient.kind == "last" else 20)  # of 12, of 34
     for plain, recorded in zip(*found, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=0, atol=1e-12)
 
@@ -164,6 +164,17 @@ def test_more_in_turn_than_are_held_stop_being_recorded(monkeypatch: pytest.Monk
         for _ in range(30):
             useful.get(budget, double, [torch.ones(1)])
     assert len(made) == 20
+
+
+def test_recordings_share_their_places() -> None:
+    """Two recordings of different shapes take no more than the larger; results outlive the next call."""
+    shared = Shared()
+    small, large = [torch.ones(2), None, torch.ones(3, dtype=torch.int64)], [torch.ones(100), torch.ones(0)]
+    a, b = Captured(double, large, shared), Captured(double, small, shared)
+    assert shared.inputs.n_bytes == 400 + 8  # the largest takes the largest slot
+    found = a([torch.full((100,), 2.0), torch.ones(0)])
+    assert b([torch.full((2,), 3.0), None, torch.arange(3)])[2].tolist() == [0, 2, 4]  # type: ignore[union-attr]
+    assert torch.equal(found[0], torch.full((100,), 4.0)) and found[1].shape == (0,)  # type: ignore[union-attr, arg-type]
 
 
 def test_copies_of_many_kinds() -> None:
