@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from cases import Bench, clear, encoded, with_lora
 from torch import Tensor
 
+from omnimem_train.budget_sampling import BudgetSampler
+from omnimem_train.config import load_config
 from omnimem_train.losses import LossConfig
+from omnimem_train.run_config import RunConfig
 from omnimem_train.step import StreamingStep
 from omnimem_train.streaming import Gradient
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "qwen2_5_omni_7b.yaml"
 
 
 def graphs(bench: Bench) -> None:
@@ -67,4 +75,56 @@ def new_budgets(bench: Bench) -> None:
     bench.model.graphs = before
 
 
-RECORDED_CASES: dict[str, Callable[[Bench], None]] = {"graphs": graphs, "new_budgets": new_budgets}
+def as_recipe(bench: Bench) -> None:
+    """Steps as `recipes/qwen2_5_omni_7b.yaml` has them: budgets and chunk lengths drawn anew for each, dropout, compact
+    positions, gradient through the newest 16 chunks."""
+    parameters = with_lora(bench)
+    recipe = load_config(RunConfig, RECIPE, ["data.manifest=none.json"])
+    sampler, steps = BudgetSampler(recipe.budgets, bench.shape.chunk), itertools.count()
+    step, before, stream = (
+        StreamingStep(bench.model, LossConfig()),
+        bench.model.graphs,
+        encoded(bench, bench.shape.tokens),
+    )
+    unit = bench.shape.budget / recipe.memory.budget if recipe.memory.budget else 1.0
+
+    def run() -> None:
+        draw = sampler.draw(next(steps))
+        budget = None if draw.budget is None else max(1, round(unit * draw.budget))
+        spec = bench.spec("perturbation").at(budget, draw.chunk_tokens).replace(positions=recipe.memory.positions)
+        step(stream, spec, recipe.gradient).loss.backward()
+        clear(parameters)
+
+    with dropping(bench, recipe.lora.dropout):
+        for recorded in (False, True):
+            bench.model.graphs, steps = recorded, itertools.count()
+            found = bench.clock.samples(run, bench.reps + 1)
+            bench.add(
+                "step.as_recipe" + ".graphs" * recorded, found[1:], note=f"{len(found) - 1} draws, the same in both"
+            )
+            bench.add_peak("step.as_recipe" + ".graphs" * recorded, bench.clock.peak_gib(run, recorded))
+    bench.model.graphs = before
+
+
+@contextmanager
+def dropping(bench: Bench, share: float) -> Iterator[None]:
+    """Inside, adapters train with dropout of their input."""
+    held = [m.lora_dropout for m in bench.model.module.modules() if hasattr(m, "lora_dropout")]
+    kept = [dict(of.items()) for of in held]
+    training = bench.model.module.training
+    for of in held:
+        of.update({name: torch.nn.Dropout(share) for name in of})
+    bench.model.module.train()
+    try:
+        yield
+    finally:
+        for of, before in zip(held, kept, strict=True):
+            of.update(before)
+        bench.model.module.train(training)
+
+
+RECORDED_CASES: dict[str, Callable[[Bench], None]] = {
+    "graphs": graphs,
+    "new_budgets": new_budgets,
+    "as_recipe": as_recipe,
+}

@@ -171,11 +171,21 @@ def losses(bench: Bench) -> None:
         words.append(f"train.accumulation={2 if engine is None else 1}")
         return bench.start(name, engine, "unequal.py", [*words, *more], bench.args.limit_s)
 
-    started = run_all(bench, {"one": lambda: begin("one", None)} | {e.name: partial(begin, e.name, e) for e in engines})
+    twice = [("one", None), *((e.name, e) for e in engines[:1])]
+    runs = {"one": lambda: begin("one", None)} | {e.name: partial(begin, e.name, e) for e in engines}
+    runs |= {f"{name}-again": partial(begin, f"{name}-again", engine) for name, engine in twice}
+    started = run_all(bench, runs)
     if why := started.pop("one")[0]:
         bench.fail("losses.one", why)
         return
     one = read_metrics(bench.work / "one" / "metrics.jsonl")
+    for name, _ in twice:
+        if why := started.pop(f"{name}-again")[0]:
+            bench.fail(f"run_to_run.{name}", why)
+        else:
+            apart = differences(*(read_metrics(bench.work / n / "metrics.jsonl") for n in (name, f"{name}-again")))
+            note = f"the same run twice: sums on a device come in any order; first 4 steps {max(apart[:4]):.1e}"
+            bench.results.add(f"two_gpus.run_to_run.{name}", max(apart), "nat", note=note)
     for name, (why, took_s) in started.items():
         if why:
             bench.fail(f"steps.{name}", why)
@@ -207,13 +217,18 @@ def compare(bench: Bench, name: str, one: list[dict[str, float]], took_s: float)
     rows = read_metrics(bench.work / name / "metrics.jsonl")
     steps = len(one)
     bench.check(f"steps.{name}", len(rows), "steps", steps, "higher", f"unequal streams, no hang, {took_s:.0f} s")
-    apart = [abs(a["loss"] - b["loss"]) for a, b in zip(one, rows, strict=False)]
+    apart = differences(one, rows)
     # the first steps show the same forwards and updates; later ones also how rounding grows
     bench.check(f"loss_difference.{name}", max(apart[:4]), "nat", 1e-3, note=f"{steps} steps: {max(apart):.1e} at most")
     empty = [row["empty_share"] for row in rows if "empty_share" in row]
     if empty:
         share = 100 * sum(empty) / len(empty)
         bench.results.add(f"two_gpus.empty_passes.{name}", share, "%", note="neighbours of most unequal length")
+
+
+def differences(a: list[dict[str, float]], b: list[dict[str, float]]) -> list[float]:
+    """Of the losses of two runs, step by step."""
+    return [abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=False)]
 
 
 def reopened(bench: Bench, name: str, save: int) -> None:
