@@ -60,6 +60,7 @@ class StockDecoder:
         self.hidden_size: int = config.hidden_size
         self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.heads
         self._output_weights: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+        self._rotary: tuple[Tensor, Rotary] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,9 +75,11 @@ class StockDecoder:
     def rotary(self) -> Rotary:
         """How keys are rotated: `mrope_section` frequencies go to time, row and column, in turn or interleaved."""
         frequencies = self._text.rotary_emb.inv_freq
-        rope = self._text.config.rope_parameters
-        axis = rotary_axes(rope["mrope_section"], interleaved=bool(rope.get("mrope_interleaved", False)))
-        return Rotary(frequencies.detach().float(), axis.to(frequencies.device))
+        if self._rotary is None or self._rotary[0] is not frequencies:  # a recording must not copy from the host
+            rope = self._text.config.rope_parameters
+            axis = rotary_axes(rope["mrope_section"], interleaved=bool(rope.get("mrope_interleaved", False)))
+            self._rotary = frequencies, Rotary(frequencies.detach().float(), axis.to(frequencies.device))
+        return self._rotary[1]
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for (B, n, 3) positions, in the form this version's layers take."""
