@@ -31,13 +31,15 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "results")
 
 
-def measured(folder: Folder, study: str, arm: str, value: float, full: float, seed: int | None = 0) -> None:
-    """A model of base 0, `value` per cent right at both budgets."""
+def measured(
+    folder: Folder, study: str, arm: str, value: float, full: float, seed: int | None = 0, base: int = 0
+) -> None:
+    """A model of base 0 unless said, `value` per cent right at both budgets."""
     settings = {f"own@{b}": (setting(*OURS, b), first(value)) for b in (40, 20)}
     clip_set = "val" if study == "combination" else "test"
-    about: dict[str, Any] = {"arm": arm, "seed": seed, "clip_set": clip_set}
+    about: dict[str, Any] = {"arm": arm, "seed": seed, "clip_set": clip_set, "base": base}
     about |= {} if arm == "base" else {"training": TRAINING}
-    folder.run(study, f"base0-{arm}-s{seed}", {"full": (FULL, first(full))} | settings, **about)
+    folder.run(study, f"base{base}-{arm}-s{seed}", {"full": (FULL, first(full))} | settings, **about)
 
 
 def attempt(
@@ -104,11 +106,34 @@ def test_verdict_of_the_attempt(
     line = next(part for part in folder.text().split("\n") if part.startswith("**Goal 2"))
     words = "MISSED; MET BY A LATER ATTEMPT ON 1 BASE MODEL OF 2" if status == MET else "MISSED"
     assert line.startswith(f"**Goal 2, fine-tuning: {words}.**")
-    assert "(3 seeds on base 0 alone)" in line and line.endswith(f"{status} there.")
+    assert "(3 seeds on base 0)" in line and line.endswith(f"{status} there.")
     assert line.split("Last attempt: ")[1].startswith("`a`, best of 2 combinations on validation clips (70.0 %")
     closest = max({"fixed_74_x2_lr10": fixed[0], "fixed_lora": 66.0}.items(), key=lambda item: item[1])
     assert page.last.closest.other.startswith(f"`{closest[0]}`")
     assert page.last.closest.found.value == pytest.approx((ours[0] - closest[1]) / 100)
+
+
+@pytest.mark.parametrize(("other", "status"), [(72, MET), (62, MISSED)])
+def test_two_bases_decide_together_and_are_told_apart(folder: Folder, other: float, status: str) -> None:
+    """A second base that the study did not have stands beside its own controls and its own untouched model."""
+    attempt(folder, {"a": (70, 96)}, {"a": (75, 96), "fixed_74_x2_lr10": (72, 90)})
+    measured(folder, "attempt", "base", 50, 96, None, 2)
+    for arm, value, full in (("a", other, 96), ("fixed_74_x2_lr10", 65, 90)):
+        for seed in range(3):
+            measured(folder, "attempt", arm, value, full, seed, 2)
+    page = folder.page()
+    assert page.last is not None and page.last.bases == [0, 2] and page.last.status == status
+    line = next(part for part in folder.text().split("\n") if part.startswith("**Goal 2"))
+    assert line.startswith(f"**Goal 2, fine-tuning: {status.upper()}.** Asked")
+    assert "(3 seeds on base 0 and 3 seeds on base 2)" in line
+    alone = {base: 100 * row.found.value for base, row in page.last.each}
+    if status == MET:
+        assert line.index("Last attempt: ") < line.index("The study before it (missed) found: ")
+        assert page.last.closest is not None and page.last.closest.other.startswith("`fixed_74_x2_lr10`")
+        assert alone == {0: pytest.approx(3), 2: pytest.approx(7)}
+        assert "base 0 alone +3.0 points" in line and "base 2 alone +7.0 points" in line
+    else:
+        assert "The study before it" not in line
 
 
 def test_the_section_shows_all_that_was_tried(folder: Folder) -> None:

@@ -191,14 +191,16 @@ def headline(page: Page) -> str:
     told = []
     for (goal, asked), verdict in zip(GOALS.items(), (page.first, page.second), strict=True):
         last = page.last if verdict is page.second and goal.startswith("Goal 2") else None
-        told.append(
-            f"**{goal}: {goal_words(verdict, last).upper()}.** Asked: {asked}. Found: {'; '.join(verdict.reasons)}."
-        )
-        told[-1] += CHOSEN.get(verdict.how, "")
+        words, found = goal_words(verdict, last), f"{'; '.join(verdict.reasons)}.{CHOSEN.get(verdict.how, '')}"
         if verdict.lacking and verdict.status != UNMEASURED:
-            told[-1] += f" Asked for and not measured: {'; '.join(verdict.lacking)}."
-        if last is not None:
-            told[-1] += f" {last.told(page.scores)}"
+            found += f" Asked for and not measured: {'; '.join(verdict.lacking)}."
+        if last is None:
+            found = f"Found: {found}"
+        elif words == MET != verdict.status:
+            found = f"{last.told(page.scores)} The study before it ({verdict.words}) found: {found}"
+        else:
+            found = f"Found: {found} {last.told(page.scores)}"
+        told.append(f"**{goal}: {words.upper()}.** Asked: {asked}. {found}")
     if page.excluded:
         reasons = "; ".join(f"{kind} ({why})" for kind, why in page.excluded.items())
         why = "because the model does not answer it with its full cache"

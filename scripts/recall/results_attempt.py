@@ -97,7 +97,7 @@ class Outcome:
 
     Attributes:
         status: "met", "missed" or "not measured", on the bases it was tried on.
-        rows: it minus every control. closest: the best control.
+        rows: it minus every control. closest: the best control. each: it minus that one, base by base.
         drop: full cache after minus before. runs: its (base, seed) pairs. budgets: the two smallest.
     """
 
@@ -105,6 +105,7 @@ class Outcome:
     status: str
     rows: tuple[Versus, ...] = ()
     closest: Versus | None = None
+    each: tuple[tuple[int, Versus], ...] = ()
     drop: Comparison | None = None
     runs: tuple[tuple[int, int | None], ...] = ()
     budgets: tuple[int, ...] = ()
@@ -116,7 +117,12 @@ class Outcome:
 
     def where(self) -> str:
         """Bases and seeds in words."""
-        return ", ".join(f"{sum(b == base for b, _ in self.runs)} seeds on base {base}" for base in self.bases)
+        return " and ".join(f"{sum(b == base for b, _ in self.runs)} seeds on base {base}" for base in self.bases)
+
+    def apart(self) -> str:
+        """What each base model by itself came to, in words; "" for a single one."""
+        found = ", ".join(f"base {base} alone {points(row.found)}" for base, row in self.each)
+        return f" ({found})" if len(self.each) > 1 else ""
 
     def told(self, scores: Scores) -> str:
         """The outcome in a sentence."""
@@ -125,9 +131,9 @@ class Outcome:
             return f"{begun}: on the test clips not measured beside controls of equal steps."
         drop = "not measured" if self.drop is None else points(self.drop)
         return (
-            f"{begun}; on the test clips ({self.where()} alone) minus the best control, {self.closest.other}: "
-            f"{difference(scores, self.closest)} over {' and '.join(map(str, self.budgets))} tokens; full-cache "
-            f"accuracy after minus before: {drop}: {self.status} there."
+            f"{begun}; on the test clips ({self.where()}) minus the best control, {self.closest.other}: "
+            f"{difference(scores, self.closest)} over {' and '.join(map(str, self.budgets))} tokens{self.apart()}; "
+            f"full-cache accuracy after minus before: {drop}: {self.status} there."
         )
 
 
@@ -168,7 +174,12 @@ def judged(data: Data, scores: Scores) -> Outcome | None:
     gained = closest.above and closest.found.value >= ASKED - UNIT
     kept = drop is not None and drop.value >= -DROP - UNIT
     status = MISSED if not gained or (drop is not None and not kept) else MET if kept else UNMEASURED
-    return Outcome(choice, status, tuple(rows), closest, drop, tuple(sorted(mine, key=str)), tuple(budgets))
+    runs = tuple(sorted(mine, key=str))
+    each = []
+    for base in sorted({base for base, _ in runs}):
+        own = {key: {run: cells for run, cells in group.items() if run[0] == base} for key, group in study.items()}
+        each += [(base, row) for row in against(scores, own, ours, budgets) if row.other == closest.other]
+    return Outcome(choice, status, tuple(rows), closest, tuple(each), drop, runs, tuple(budgets))
 
 
 def against(scores: Scores, study: Lines, ours: tuple[str, str], budgets: Sequence[int]) -> list[Versus]:

@@ -85,6 +85,6 @@ def versus_table(page: Page, last: Outcome) -> str:
     ]
     note = (
         f"Points at {' and '.join(map(str, last.budgets))} tokens, paired by question and seed, 95 % intervals "
-        f"clustered by clip, p by Holm over the table; {last.where()} alone. {BOLD}"
+        f"clustered by clip, p by Holm over the table; {last.where()}. {BOLD}"
     )
     return table(["chosen", "minus", "difference"], rows, note)
