@@ -19,15 +19,21 @@ ROWS = {
     "lora.all.peak": "its GPU memory launch by launch, `sdpa`",
     "lora.last_8.graphs": "LoRA step, gradient through the last 8 chunks",
     "lora.last_8.peak.graphs": "its GPU memory, recordings included",
-    "lora.last_8.peak": "its GPU memory launch by launch, `sdpa`",
-    "lora.offload.graphs": "LoRA step through all chunks, `gradient.offload=host`",
     "utilisation.lora.all.graphs": "utilisation of the step through all chunks",
+    "lora.short.graphs": "LoRA step through all chunks, `gradient.offload=host`",
+    "lora.1m.graphs": "the same on 1,048,576 tokens",
+    "lora.1m.per_token.graphs": "its time a token against that",
+    "lora.1m.peak.graphs": "its GPU memory",
+    "lora.1m.growth.graphs": "its GPU memory against that of 131,072 tokens, with some chunks not recorded yet",
+    "lora.1m.host.graphs": "its host memory",
     "lora.full_context": "LoRA step, full context, each layer recomputed",
     "lora.full_context.peak": "its GPU memory",
     "gain.lora.all.graphs": "the streaming step against it",
     "gain.lora.all.peak.graphs": "its memory against it",
     "lora.all_nf4": "LoRA step, gradient through all chunks, decoder in 4 bits",
     "lora.all_nf4.device": "all that its process takes of the GPU, capped at 24 GiB",
+    "lora.all_nf4_whole": "the same with towers, optimizer and `gradient.offload=host`",
+    "lora.all_nf4_whole.device": "all that its process takes of the GPU",
     "two_gpus.gain.ddp": "two GPUs against one, DDP",
     "two_gpus.gain.zero2": "two GPUs against one, DeepSpeed ZeRO-2",
     "two_gpus.gain.fsdp2": "two GPUs against one, `train.sharding=fsdp`",
@@ -50,7 +56,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for name, what in ROWS.items():
         if name in found:
             row = found[name]
-            lines.append(f"| {what} | {row['value']:.3g} {row['unit']}{spread(row)} | {goal(row)} |")
+            lines.append(f"| {what} | {row['value']:.4g} {row['unit']}{spread(row)} | {goal(row)} |")
     about = json.loads(made_on.pop())
     told = ", ".join(f"{k} {about[k]}" for k in ("torch", "cuda", "triton", "transformers", "peft", "python"))
     return "\n".join(lines) + f"\n\n{about['device']}; {told}.\n"
@@ -59,7 +65,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def spread(row: dict[str, Any]) -> str:
     """Smallest and largest of several timings."""
     low, high = row["spread"] or (row["value"], row["value"])
-    return f" [{low:.3g}, {high:.3g}]" if low != high else ""
+    return f" [{low:.4g}, {high:.4g}]" if low != high else ""
 
 
 def goal(row: dict[str, Any]) -> str:
