@@ -45,8 +45,8 @@ class ModelConfig:
             cuDNN on Hopper GPUs); or "eager" as a reference.
         adapter: folder of a PEFT adapter to put on the model, or None.
         graphs: on an NVIDIA GPU, record the launches of chunks that repeat (CUDA graphs) and replay them: less work for
-            the host, more memory. In training it takes lora.dropout=0, and for the backward pass absolute positions.
-            See `omnimem_train.chunk_graphs`.
+            the host, more memory. It pays where streams share budgets and chunk lengths. See
+            `omnimem_train.chunk_graphs`.
     """
 
     path: str = ""
