@@ -11,7 +11,8 @@ from data_prep.world import WorldSettings
 from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
 from scripts.recall.finetune import ABLATED, ARMS, MAIN_ARMS, MINUTE, Scale
-from scripts.recall.jobs import Answers, Pictures, Precision, SetSpec, Tune
+from scripts.recall.inside import Pictures, Precision
+from scripts.recall.jobs import Answers, SetSpec, Tune
 from scripts.recall.load import load
 from scripts.recall.methods import (
     BUDGETS,
