@@ -9,6 +9,7 @@ can be tested.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Slots:
     """Memory at fixed places, shared by recordings of which none runs while another does.
 
     The largest tensor of a recording takes the largest slot, and so on; a slot that is too small makes way for a larger
-    one, and whoever has the smaller one keeps it.
+    one, and whoever has the smaller one keeps it. So memory is shared best where the largest recording comes first.
     """
 
     def __init__(self) -> None:
@@ -54,8 +55,14 @@ class Slots:
 @dataclass
 class Shared:
     """What recordings share that never run at the same time: places of inputs and of results, and the memory pool of
-    everything in between."""
+    everything in between.
 
+    Attributes:
+        failed: why recording is given up, by all of them: what a failed one leaves behind in the pool and in the
+            device's generator is not to be built on. Empty while it is not.
+    """
+
+    failed: str = ""
     inputs: Slots = field(default_factory=Slots)
     outputs: Slots = field(default_factory=Slots)
     _pool: Any = None
@@ -151,14 +158,12 @@ class Recordings:
         seen_first: times that a key is met before it is recorded; they run as usual, which also compiles kernels. Where
             recordings have to make way before they were of use, it grows: recording takes as long as some runs do.
         rest: calls after which one that was not used may make way for another.
-        failed: why recording is given up; empty while it is not.
-        shared: the memory of all of them.
+        shared: with others.
     """
 
     most: int = 6
     seen_first: int = 2
     rest: int = 16
-    failed: str = ""
     shared: Shared = field(default_factory=Shared)
     _calls: int = 0
     _held: dict[Hashable, _Held] = field(default_factory=dict)
@@ -167,17 +172,34 @@ class Recordings:
     def get(self, key: Hashable, function: Function, inputs: Sequence[Tensor | None]) -> Captured | None:
         """The recording under `key`, made now if the key was met often enough; None to run as usual."""
         self._calls += 1
+        if self.shared.failed:
+            self._held.clear()
+            return None
         if (held := self._held.get(key)) is not None:
             held.used, held.last = held.used + 1, self._calls
             return held.captured
         self._met[key] = self._met.pop(key, 0) + 1
         while len(self._met) > MET:
             self._met.popitem(last=False)
-        if self.failed or self._met[key] <= self.seen_first or not self._room():
+        if self._met[key] <= self.seen_first or not self._room():
             return None
-        found = Captured(function, inputs, self.shared)
+        try:
+            found = Captured(function, inputs, self.shared)
+        except Exception as error:  # of many kinds, from CUDA; running as usual remains
+            self._give_up(inputs, error)
+            return None
         self._held[key] = _Held(found, 1, self._calls)
         return found
+
+    def _give_up(self, inputs: Sequence[Tensor | None], error: Exception) -> None:
+        """Let go of everything. A generator that a failed recording left in its state of being recorded would refuse to
+        draw from then on, so the device goes on with a copy of it."""
+        self.shared.failed = str(error)
+        self._held.clear()
+        for index in {x.device.index for x in inputs if x is not None and x.is_cuda}:
+            generator = torch.cuda.default_generators[index]
+            generator.graphsafe_set_state(generator.clone_state())
+        warnings.warn(f"chunks are run launch by launch, recording them failed: {error}", stacklevel=4)
 
     def _room(self) -> bool:
         """Whether one more can be held; the one that was used least recently goes if it has rested."""

@@ -7,12 +7,11 @@ replay each (`omnimem_train.captured`). What is recorded is `ChunkPass` itself, 
 Dropout draws in a replay what it would draw launch by launch: a replay starts where the device's generator stands.
 
 Not recorded, and run as usual: learning with a retention loss, selectors that wait for the host or read the output
-projection itself, layer inputs in the second pass, gradient of embeddings or extras.
+projection itself; in the second pass also layer inputs, extras, and a gradient of embeddings.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnimem_train.captured import Captured, Function, Recordings, Tensors, shapes
+from omnimem_train.captured import Recordings, Tensors, shapes
 from omnimem_train.chunk import ChunkInputs, ChunkPass, Result
 from omnimem_train.memory.state import LayerMemory
 from omnimem_train.models.interface import StreamingModel
@@ -50,7 +49,7 @@ class ChunkGraphs:
             and not ("output_weight" in selector.needs and "output_gram" not in selector.needs)
             and not passes.spec.unlimited
         )
-        self._setting = (passes.spec.fingerprint(), model.module.training, self._stands)
+        self._setting = (passes.spec.fingerprint(), _manner(model), self._stands)
 
     # First pass ------------------------------------------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ class ChunkGraphs:
         key = (self._setting, chunk.n_text, first.notes, tuple(first.extras), shapes(given))
         n_before = [memory.n_tokens for memory in layers]
         shape = Shape(chunk, tuple(first.extras), n_before, len(self._grams()), first.notes)
-        recorded = self._recorded(self.first, key, lambda inputs: shape.first(self.passes, inputs), given)
+        recorded = self.first.get(key, lambda inputs: shape.first(self.passes, inputs), given)
         return None if recorded is None else shape.result(recorded(given), first)
 
     # Second pass -----------------------------------------------------------------------------------------------------
@@ -99,21 +98,10 @@ class ChunkGraphs:
                 kept, more = self.passes.run(before, again, known, noted, stop_layer)
                 return gradients_of(kept, more, [again, *data, *leaves], list(held), due)
 
-        recorded = self._recorded(self.second, key, function, given)
+        recorded = self.second.get(key, function, given)
         if recorded is None:
             return None
         return [g if need else None for g, need in zip(recorded(given), needed, strict=True)]
-
-    def _recorded(
-        self, among: Recordings, key: Hashable, function: Function, given: Sequence[Tensor | None]
-    ) -> Captured | None:
-        """What is recorded under `key`, or is now; None to run as usual."""
-        try:
-            return among.get(key, function, given)
-        except Exception as error:  # of many kinds, from CUDA; running as usual remains
-            among.failed = str(error)
-            warnings.warn(f"chunks are run launch by launch, recording them failed: {error}", stacklevel=2)
-            return None
 
     def _grams(self) -> list[Tensor]:
         """Gram matrices of the output projections, which differ from stream to stream."""
@@ -217,6 +205,14 @@ def recordings_of(model: StreamingModel) -> tuple[Recordings, Recordings]:
         vars(model)["_recordings"] = first, Recordings(shared=first.shared)
     held: tuple[Recordings, Recordings] = vars(model)["_recordings"]
     return held
+
+
+def _manner(model: StreamingModel) -> Hashable:
+    """What a pass does differently without other weights or inputs: dropout, and autocast."""
+    dropouts = tuple((m.p, m.training) for m in model.module.modules() if isinstance(m, nn.Dropout))
+    kind = model.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return model.module.training, dropouts, cast
 
 
 def _standing(model: StreamingModel) -> Hashable:

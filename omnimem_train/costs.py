@@ -82,7 +82,9 @@ class Footprint:
         snapshots: memories between chunks, in full or as the way back to them, for the backward pass.
         activations: of the chunk that is being recomputed, or of all chunks with gradient without checkpointing.
         passing: gradients of the memory, and what a layer needs for a moment.
-        recordings: what recorded chunks take in and give, each in memory of its own (`omnimem_train.captured`).
+        recordings: what recorded chunks take in and give, in places of its own (`omnimem_train.captured`).
+        beside: activations of a chunk that is run launch by launch beside recordings, whose memory it cannot use: in
+            the first steps, and where the last chunk of a clip is a shorter one.
     """
 
     weights: float = 0.0
@@ -92,6 +94,7 @@ class Footprint:
     activations: float = 0.0
     passing: float = 0.0
     recordings: float = 0.0
+    beside: float = 0.0
 
     @property
     def total(self) -> float:
@@ -333,12 +336,13 @@ class StreamStep:
             activations=activations,
             passing=passing,
             recordings=self.recordings(4 * trained) if self.recorded else 0.0,
+            beside=activations if self.recorded and self.recomputes else 0.0,
         )
 
     def recordings(self, gradients: float) -> float:
         """Bytes of the places where recorded chunks find their inputs and leave their results, which they share: for
         first passes the memory on its way in and out; for second passes the memory and its gradient, and on the way out
-        that and `gradients` of the weights. Their activations take the place of those of chunks run as usual."""
+        that and `gradients` of the weights. Activations are counted as those of any chunk."""
         given = max((self.snapshot(c.memory) for c in self.chunks), default=0.0)
         found = max((self.snapshot(c.kept) + self.left_behind(c) for c in self.chunks), default=0.0)
         if self.recomputes:

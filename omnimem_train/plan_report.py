@@ -107,6 +107,7 @@ _WHAT = {
     "activations": "of the chunk that is recomputed",
     "passing": "gradients and buffers of a moment",
     "recordings": "inputs and results of recorded chunks (model.graphs)",
+    "beside": "a chunk that is not recorded, beside those that are",
 }
 
 

@@ -14,6 +14,7 @@ from toy import ToyModel, toy_question, toy_stream
 
 from omnimem_train import chunk_graphs
 from omnimem_train.captured import Captured, Recordings, Shared, copy_all
+from omnimem_train.chunk_graphs import ChunkGraphs
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import TokenBlock
 from omnimem_train.streaming import Gradient, Stream, StreamState
@@ -167,7 +168,7 @@ def test_more_in_turn_than_are_held_stop_being_recorded(monkeypatch: pytest.Monk
 
 
 def test_recordings_share_their_places() -> None:
-    """Two recordings of different shapes take no more than the larger; results outlive the next call."""
+    """A recording takes nothing more than a larger one before it; results outlive the next call."""
     shared = Shared()
     small, large = [torch.ones(2), None, torch.ones(3, dtype=torch.int64)], [torch.ones(100), torch.ones(0)]
     a, b = Captured(double, large, shared), Captured(double, small, shared)
@@ -217,6 +218,31 @@ def test_streams_keep_their_own_matrices() -> None:
     assert all(torch.equal(stream.chooser.gram(i), before[i]) for i in range(model.n_layers))
 
 
+def test_another_manner_is_noticed() -> None:
+    """Dropout and autocast are no inputs of a recording, so they are part of its key."""
+    model = ToyModel()
+    model.module.layers[0].mlp.append(nn.Dropout(0.1))
+    dropout, settings = model.module.layers[0].mlp[-1], set()
+    for change in (lambda: None, lambda: setattr(dropout, "p", 0.5), dropout.eval, model.module.eval):
+        change()
+        settings.add(ChunkGraphs(Stream(model, SPEC).passes)._setting)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        settings.add(ChunkGraphs(Stream(model, SPEC).passes)._setting)
+    assert len(settings) == 5
+
+
+def test_one_failure_ends_recording_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ToyModel()
+    model.graphs = True
+    loss_of(model, toy_stream(120), ALL, SPEC)[0].backward()
+    first, second = chunk_graphs.recordings_of(model)
+    assert first._held and second._held
+    monkeypatch.setattr(Captured, "__init__", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="division by zero"):
+        loss_of(model, toy_stream(120), ALL, replace(SPEC, budget=8))[0].backward()
+    assert not first._held and not second._held
+
+
 def test_moved_weights_are_noticed() -> None:
     model = ToyModel()
     before = chunk_graphs._standing(model)
@@ -263,6 +289,6 @@ def test_on_a_gpu(nano_folder: Path, attention: str, positions: str, dropout: fl
             optimizer.zero_grad()
         found.append(kept)
         if graphs:
-            assert all(r._held and not r.failed for r in chunk_graphs.recordings_of(model))
+            assert all(r._held and not r.shared.failed for r in chunk_graphs.recordings_of(model))
     for plain, recorded in zip(*found, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=0.02, atol=1e-3)

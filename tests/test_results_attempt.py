@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 from test_results_page import CONTROLS, FULL, OURS, Folder, first, setting, tune
 
 from omnimem_train.errors import UserError
-from scripts.recall.attempt import Attempt, lacking, pack_up, run_attempt
-from scripts.recall.finetune import COMBINATIONS, EQUAL, MINUTE, arm_of, configure, equal_name
+from scripts.recall.attempt import SMALLEST, Attempt, lacking, pack_up, run_attempt
+from scripts.recall.finetune import COMBINATIONS, EQUAL, MINUTE, arm_of, configure, controls_of, equal_name
 from scripts.recall.jobs import Answers, Context, Tune, merge
-from scripts.recall.load import load
-from scripts.recall.methods import BUDGETS, Form
+from scripts.recall.load import Run, load
+from scripts.recall.methods import BUDGETS, CHUNK, Form
 from scripts.recall.results_attempt import choose_combination
 from scripts.recall.results_goals import MET, MISSED, UNMEASURED
 from scripts.recall.study import numbered
@@ -136,13 +137,32 @@ def test_two_bases_decide_together_and_are_told_apart(folder: Folder, other: flo
         assert "The study before it" not in line
 
 
+def test_a_control_that_was_not_measured_is_named(folder: Folder) -> None:
+    """All controls of the chosen combination but one: met, and open."""
+    names = controls_of("c18_lam1_distill1_full_share_05")
+    tested = {name: (60.0, 90.0) for name in names if name != "fixed_49_x2_lr5"}
+    attempt(
+        folder, {"c18_lam1_distill1_full_share_05": (70, 96)}, {"c18_lam1_distill1_full_share_05": (70, 96), **tested}
+    )
+    for base, arms in ((2, ("c18_lam1_distill1_full_share_05", *tested)),):
+        measured(folder, "attempt", "base", 50, 96, None, base)
+        for arm in arms:
+            for seed in range(3):
+                measured(folder, "attempt", arm, *(tested.get(arm, (70, 96))), seed, base)
+    last = folder.page().last
+    assert last is not None and last.status == MET and last.lacking == ("fixed_49_x2_lr5",)
+    line = next(part for part in folder.text().split("\n") if part.startswith("**Goal 2"))
+    assert line.startswith("**Goal 2, fine-tuning: MET AGAINST THE CONTROLS MEASURED, 1 IS OPEN.**")
+    assert "not measured: `fixed_49_x2_lr5`" in line
+
+
 def test_the_section_shows_all_that_was_tried(folder: Folder) -> None:
     attempt(folder, {"a": (70, 96), "b": (60, 96)}, {"a": (70, 96), "fixed_74_x2_lr10": (60, 90)})
     text = folder.text()
     loss = "1 answer + 0.5 distil + 1 retention"
     assert f"| **a** | 200 | 0.001 | {loss} | 24 to 96 | 30 % | `perturbation` | 70.0 | 96.0 (+0.0) | yes |" in text
     assert "the untouched base, read with its best training-free method: 50.0 %" in text
-    assert "| fixed_74_x2_lr10 | `perturbation` | 60.0, 60.0, 60.0 |" in text
+    assert "| fixed_74_x2_lr10 | `perturbation` | base 0: 60.0, 60.0, 60.0 |" in text
     assert "| combination | 3 |" in text and "| attempt | 6 |" in text
 
 
@@ -188,7 +208,7 @@ def test_jobs_of_the_attempt() -> None:
     assert {job.scale.clip_set for job in tried if isinstance(job, Tune)} == {"val"}
     assert {job.arm for job in tried if isinstance(job, Tune)} == set(COMBINATIONS)
     runs = {(job.arm, job.seed) for job in tested}
-    assert len(runs) == len(tested) == 3 * 5
+    assert len(runs) == len(tested) == 3 * 6
     assert {job.scale.clip_set for job in tested if isinstance(job, Tune)} == {"test"}
     assert not {job.arm for job in tested} & (set(COMBINATIONS) - {"c01_center"})
     assert own.form("c13_audio03").allocation == 0.3 and own.form("c10_rho").rho
@@ -201,19 +221,37 @@ def test_a_second_base_is_tested_and_not_tried_on() -> None:
     tested = own.tested("c01_center", trained=False)
     assert own.tried() == [] and {job.base for job in tested} == {2}
     assert isinstance(tested[0], Answers) and tested[0].full and tested[0].model == "base2"
-    assert len(tested) == 1 + 3 * 5
+    assert len(tested) == 1 + 3 * 6
     both = Attempt(BEST, bases=(0, 2)).tested("c01_center", trained=True)
-    assert len(both) == 1 + 2 * 3 * 5 and [type(job) for job in both if job.seed == 0][:2] == [Answers, Tune]
+    assert len(both) == 1 + 2 * 3 * 6 and [type(job) for job in both if job.seed == 0][:2] == [Answers, Tune]
+
+
+def read_with(own: Attempt, run: Run) -> tuple[Any, ...]:
+    """The conditions of a run, read with the memories that the attempt reads this arm with."""
+    forms = own.best if run.arm == "base" else own.form(run.arm)
+    return tuple(
+        replace(c, memory=forms.spec(budget, CHUNK).to_dict())
+        for c, budget in zip(run.conditions, (None, *SMALLEST), strict=False)
+        if budget is not None
+    )
 
 
 def test_answers_that_are_there_are_not_given_again(folder: Folder) -> None:
     own = Attempt(BEST)
     measured(folder, "combination", "base", 50, 96, None)
     for arm, training in (("c01_center", arm_of("c01_center").told(MINUTE)), ("c05_low", TRAINING)):
-        folder.run("combination", arm, {"full": (FULL, first(96)), "x": (setting(*OURS, 20), first(70))},
+        read = {f"x@{b}": (setting(*OURS, b), first(70)) for b in (40, 20)}
+        folder.run("combination", arm, {"full": (FULL, first(96))} | read,
                    arm=arm, seed=0, clip_set="val", training=training)  # fmt: skip
-    left = {job.arm for job in lacking(own.tried(), load(folder.path))}
+    data = load(folder.path)
+    data = replace(data, runs=tuple(replace(r, weights="w", conditions=read_with(own, r)) for r in data.runs))
+    left = {job.arm for job in lacking(own.tried(), data, {0: "w"})}
     assert left == set(COMBINATIONS) - {"c01_center"}  # that of c05_low was trained in another way
+    assert len(lacking(own.tried(), data, {0: "other"})) == len(own.tried()), "answers of another model"
+    other = Attempt(
+        Form("snapkv")
+    )  # reads the untouched base, and c11, in another way; a learned importance is the same
+    assert {job.arm for job in lacking(other.tried(), data, {0: "w"})} == left | {"base"}
 
 
 @pytest.mark.parametrize(
@@ -258,6 +296,7 @@ def test_an_attempt_chooses_then_tests_and_packs_what_is_new(
 ) -> None:
     tune(folder, {"base": 50, "budget_lora": 62} | CONTROLS)
     before = {path.name: path.read_bytes() for path in (folder.path / "answers").iterdir()}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
     context = Context(tmp_path / "work", folder.path, {0: tmp_path}, {}, "me", "cpu")
     (context.work / "adapters" / "base0-c05_low-s0").mkdir(parents=True)
     (context.work / "adapters" / "base0-c05_low-s0" / "weights").write_text("w")

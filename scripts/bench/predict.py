@@ -45,7 +45,8 @@ def predict(
     lora = None if gradient.kind == "none" else LoraSettings(r=shape.rank, alpha=2 * shape.rank)
     step = replace(shape.step(spec, gradient, lora), split=split, packed="nf4" in name, recorded=recorded)
     taken_s = sum((phase_seconds(step_work(step), gpu, step.itemsize, recorded) or {}).values())
-    held = step.footprint(shape.parameters, moments=False).total
+    found = step.footprint(shape.parameters, moments=False)
+    held = found.total - found.beside  # the bench's chunks are all recorded when it measures
     if gradient.kind == "none":
         held += step.snapshot(step.chunks[-1].kept)
     return taken_s, held / 2**30

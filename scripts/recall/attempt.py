@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scripts.recall.finetune import COMBINATIONS, EQUAL, MINUTE, Scale, arm_of, equal_name
-from scripts.recall.jobs import Answers, Context, Tune, adapter_name, merge
+from scripts.recall.finetune import COMBINATIONS, MINUTE, Scale, arm_of, controls_of
+from scripts.recall.jobs import Answers, Context, Tune, adapter_name, merge, weights_of
 from scripts.recall.load import Data, load
 from scripts.recall.methods import BUDGETS, Form, learned
 from scripts.recall.phases import at
 from scripts.recall.results_attempt import ON_TEST, ON_VALIDATION, choose_combination
 
 SMALLEST = BUDGETS[-2:]
-USUAL_LR = 5e-4  # of all other fine-tuning
 ASKED = BUDGETS[-3:]  # on the test clips
 
 
@@ -64,11 +63,7 @@ class Attempt:
     def tested(self, chosen: str, trained: bool) -> list[Any]:
         """The chosen combination and its controls, on the test clips; base models beside 0 also untouched. Where the
         adapter of base 0 and seed 0 is still there (`trained`), it is not trained again."""
-        arm = arm_of(chosen)
-        names = [chosen]
-        names += [equal_name(control, arm.times, arm.lr) for control in EQUAL]
-        if arm.lr != USUAL_LR:
-            names.append(equal_name("fixed_74", arm.times, USUAL_LR))
+        names = [chosen, *controls_of(chosen)]
         jobs: list[Any] = [self._untouched(ON_TEST, base, "test", ASKED) for base in self.bases if base]
         for name, seed, base in product(names, range(self.seeds), self.bases):
             if trained and (name, seed, base) == (chosen, 0, 0):
@@ -83,14 +78,24 @@ class Attempt:
         return Answers(study, base, clip_set, at([self.best], asked), full=True, dtype=self.scale.dtype)
 
 
-def lacking(jobs: Sequence[Any], data: Data) -> list[Any]:
-    """The jobs whose answers `data` does not hold: of the same model, trained in the same way."""
-    held = {(r.study, r.base, r.arm, r.seed): r.training for r in data.runs}
+def lacking(jobs: Sequence[Any], data: Data, weights: Mapping[int, str]) -> list[Any]:
+    """The jobs whose answers `data` does not hold: of the same base weights (their digests by number), trained in the
+    same way, read with the same memories, about the same clips."""
+    held = {(r.study, r.base, r.arm, r.seed): r for r in data.runs}
 
     def done(job: Any) -> bool:
-        scale = job.scale if isinstance(job, Tune) else job.trained
+        run, tune = held.get((job.study, job.base, job.arm, job.seed)), isinstance(job, Tune)
+        scale = job.scale if tune else job.trained
         training = {} if scale is None else arm_of(job.arm).told(scale)
-        return held.get((job.study, job.base, job.arm, job.seed)) == training
+        clip_set = job.scale.clip_set if tune else job.clip_set
+        about = (weights[job.base], clip_set, training)
+        if run is None or (run.weights, run.clip_set, run.training) != about:
+            return False
+        forms = at(job.read, job.scale.asked) if tune else job.forms
+        memories = [c.memory for c in run.conditions]
+        return all(
+            form.spec(budget, job.scale.chunk if tune else job.chunk).to_dict() in memories for form, budget in forms
+        )
 
     return [job for job in jobs if not done(job)]
 
@@ -105,7 +110,8 @@ def run_attempt(context: Context, jobs: Any, attempt: Attempt, pack: Path | None
         jobs.kept = lambda: pack_up(context, pack)  # what ends this from outside loses no job that is done
     try:
         for jobs_of in (attempt.tried, lambda: tests_of_chosen(context, attempt)):
-            part = lacking(jobs_of(), load(context.results))
+            weights = {number: weights_of(base) for number, base in context.bases.items()}
+            part = lacking(jobs_of(), load(context.results), weights)
             jobs.run(part)
             if jobs.failed and time.perf_counter() < jobs.until:
                 print(f"again: {len(jobs.failed)} jobs", flush=True)

@@ -210,6 +210,18 @@ EQUAL_ARMS = {
 }
 
 
+USUAL_LR = 5e-4  # of all other fine-tuning
+
+
+def controls_of(name: str) -> list[str]:
+    """Controls beside a combination: as many steps, its learning rate, and one budget at the usual rate as well."""
+    arm = arm_of(name)
+    found = [equal_name(control, arm.times, arm.lr) for control in EQUAL]
+    if arm.lr != USUAL_LR:
+        found += [equal_name(control, arm.times, USUAL_LR) for control in EQUAL if control != "full"]
+    return found
+
+
 def arm_of(name: str) -> Arm:
     """An arm by its name."""
     return {**ARMS, **COMBINATIONS, **EQUAL_ARMS}[name]

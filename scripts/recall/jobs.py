@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -181,6 +182,7 @@ def write_part(
         "settings": described,
         "machine": machine(context.device),
         "versions": versions(),
+        "weights": weights_of(context.bases[job.base]),
         "command": context.command,
         "form": FORM,
     }
@@ -235,6 +237,12 @@ def merge(work: Path, results: Path) -> int:
         if not (results / "questions" / path.name).exists():
             (results / "questions" / path.name).write_bytes(path.read_bytes())
     return len(groups)
+
+
+@lru_cache
+def weights_of(base: Path) -> str:
+    """Short digest of a base model's weights."""
+    return hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def machine(device: str) -> str:

@@ -76,7 +76,8 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One file of answers: what it says about itself, and its settings in order; of some, how the model was trained."""
+    """One file of answers: what it says about itself, and its settings in order; of some, how the model was trained and
+    a digest of the base model's weights."""
 
     study: str
     model: str
@@ -91,6 +92,7 @@ class Run:
     command: str
     conditions: tuple[Condition, ...]
     training: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +170,7 @@ def _run(stem: Path, questions: Mapping[str, Questions]) -> Run:
         versions = {str(k): str(v) for k, v in dict(about["versions"]).items()}
         world = {str(k): float(v) for k, v in dict(about.get("world") or {}).items()}
         seed, training = None if seed is None else int(seed), dict(about.get("training") or {})
+        weights = str(about.get("weights", ""))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not describe a run", f"missing or not as expected: {error!r}", AGAIN) from error
     if f"{study}__{model}" != stem.name:
@@ -190,7 +193,7 @@ def _run(stem: Path, questions: Mapping[str, Questions]) -> Run:
         own = {"name": name, "predicted": arrays[name], "questions": questions[clip_set], **shared}
         conditions.append(_condition(where, own, setting, full_tokens))
     about_it = (clip_set, full_tokens, world, machine, versions, command)
-    return Run(study, model, base, arm, seed, *about_it, tuple(conditions), training)
+    return Run(study, model, base, arm, seed, *about_it, tuple(conditions), training, weights)
 
 
 def _condition(where: str, own: Mapping[str, Any], setting: Mapping[str, Any], full_tokens: float) -> Condition:

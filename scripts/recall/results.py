@@ -196,7 +196,7 @@ def headline(page: Page) -> str:
             found += f" Asked for and not measured: {'; '.join(verdict.lacking)}."
         if last is None:
             found = f"Found: {found}"
-        elif words == MET != verdict.status:
+        elif words.startswith(MET) and verdict.status != MET:
             found = f"{last.told(page.scores)} The study before it ({verdict.words}) found: {found}"
         else:
             found = f"Found: {found} {last.told(page.scores)}"
@@ -230,6 +230,8 @@ def goal_words(verdict: Verdict, last: Outcome | None) -> str:
         return verdict.words
     if len(last.bases) < BASES:
         return f"{verdict.words}; met by a later attempt on {len(last.bases)} base model of {BASES}"
+    if last.lacking:
+        return f"{MET} against the controls measured, {len(last.lacking)} is open"
     return MET
 
 

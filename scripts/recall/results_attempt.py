@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from omnimem_train.stats import Comparison
+from scripts.recall.finetune import COMBINATIONS, controls_of
 from scripts.recall.load import Condition, Data, Run
 from scripts.recall.results_goals import ASKED, MET, MISSED, UNMEASURED, Versus, difference, points
 from scripts.recall.results_scores import Scores, adjusted
@@ -97,7 +98,8 @@ class Outcome:
 
     Attributes:
         status: "met", "missed" or "not measured", on the bases it was tried on.
-        rows: it minus every control. closest: the best control. each: it minus that one, base by base.
+        rows: it minus every control. closest: the best control among those of every base, which decides; each: it
+            minus that one, base by base. lacking: controls that were not measured on every base.
         drop: full cache after minus before. runs: its (base, seed) pairs. budgets: the two smallest.
     """
 
@@ -106,6 +108,7 @@ class Outcome:
     rows: tuple[Versus, ...] = ()
     closest: Versus | None = None
     each: tuple[tuple[int, Versus], ...] = ()
+    lacking: tuple[str, ...] = ()
     drop: Comparison | None = None
     runs: tuple[tuple[int, int | None], ...] = ()
     budgets: tuple[int, ...] = ()
@@ -124,6 +127,11 @@ class Outcome:
         found = ", ".join(f"base {base} alone {points(row.found)}" for base, row in self.each)
         return f" ({found})" if len(self.each) > 1 else ""
 
+    def open(self) -> str:
+        """What is not known yet, in words; "" for nothing."""
+        names = ", ".join(f"`{name}`" for name in self.lacking)
+        return f", **against the controls that were measured**; not measured: {names}" if names else ""
+
     def told(self, scores: Scores) -> str:
         """The outcome in a sentence."""
         begun = f"Last attempt: {self.choice.told()}"
@@ -133,7 +141,7 @@ class Outcome:
         return (
             f"{begun}; on the test clips ({self.where()}) minus the best control, {self.closest.other}: "
             f"{difference(scores, self.closest)} over {' and '.join(map(str, self.budgets))} tokens{self.apart()}; "
-            f"full-cache accuracy after minus before: {drop}: {self.status} there."
+            f"full-cache accuracy after minus before: {drop}: {self.status} there{self.open()}."
         )
 
 
@@ -167,7 +175,12 @@ def judged(data: Data, scores: Scores) -> Outcome | None:
     rows = against(scores, study, ours, budgets)
     if not any(row.other.startswith(f"`{arm}`") for row in rows for arm in arms):
         return Outcome(choice, UNMEASURED)
-    closest = min(rows, key=lambda row: row.found.value)
+    bases = {base for base, _ in mine}
+    there = {label(key): {base for base, _ in group} for key, group in study.items()}
+    everywhere = [row for row in rows if there[row.other] >= bases]
+    closest = min(everywhere or rows, key=lambda row: row.found.value)
+    named = controls_of(choice.arm) if choice.arm in COMBINATIONS else []
+    lacking = [name for name in named if bases - {b for b, _ in study.get((name, "full"), {})}]
     before = {base: cells[None] for (base, _), cells in study.get(("base", "full"), {}).items() if None in cells}
     pairs = [(before[b], c[None]) for (b, _), c in study.get((choice.arm, "full"), {}).items() if b in before]
     drop = scores.compare([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
@@ -176,10 +189,10 @@ def judged(data: Data, scores: Scores) -> Outcome | None:
     status = MISSED if not gained or (drop is not None and not kept) else MET if kept else UNMEASURED
     runs = tuple(sorted(mine, key=str))
     each = []
-    for base in sorted({base for base, _ in runs}):
+    for base in sorted(bases):
         own = {key: {run: cells for run, cells in group.items() if run[0] == base} for key, group in study.items()}
         each += [(base, row) for row in against(scores, own, ours, budgets) if row.other == closest.other]
-    return Outcome(choice, status, tuple(rows), closest, tuple(each), drop, runs, tuple(budgets))
+    return Outcome(choice, status, tuple(rows), closest, tuple(each), tuple(lacking), drop, runs, tuple(budgets))
 
 
 def against(scores: Scores, study: Lines, ours: tuple[str, str], budgets: Sequence[int]) -> list[Versus]:

@@ -10,7 +10,6 @@ writes RESULTS.md.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ from typing import Any
 from omnimem_train.errors import UserError
 from scripts.recall.attempt import Attempt, run_attempt
 from scripts.recall.finetune import MAIN_ARMS, MINUTE, SHORT
-from scripts.recall.jobs import Answers, Context, merge
+from scripts.recall.jobs import Answers, Context, merge, weights_of
 from scripts.recall.methods import (
     OPTIONS,
     choose,
@@ -140,9 +139,7 @@ def check_work(context: Context) -> None:
         UserError: `work` holds such.
     """
     context.work.mkdir(parents=True, exist_ok=True)
-    weights = [
-        hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()[:16] for base in context.bases.values()
-    ]
+    weights = {str(number): weights_of(base) for number, base in context.bases.items()}
     now, path = {"bases": weights, "sets": repr(dict(context.sets))}, context.work / "identity.json"
     if path.exists() and json.loads(path.read_text()) != now:
         raise UserError(f"{context.work} holds work on other models or clips", remedy="name another folder")
