@@ -24,7 +24,6 @@ ROWS = {
     "lora.1m.graphs": "the same on 1,048,576 tokens",
     "lora.1m.per_token.graphs": "its time a token against that",
     "lora.1m.peak.graphs": "its GPU memory",
-    "lora.1m.growth.graphs": "its GPU memory against that of 131,072 tokens, with some chunks not recorded yet",
     "lora.1m.host.graphs": "its host memory",
     "lora.full_context": "LoRA step, full context, each layer recomputed",
     "lora.full_context.peak": "its GPU memory",
