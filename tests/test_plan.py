@@ -284,6 +284,21 @@ def test_offloaded_steps_are_planned(
     assert planned(adapted, spec, CHUNK, Gradient(kind)).host_bytes() == 0
 
 
+def test_a_chunk_beside_recordings_is_counted(adapted: StreamingModel) -> None:
+    """Recordings share places, however long the stream; a chunk that is not recorded comes on top."""
+    spec = MemorySpec("sliding_window", budget=BUDGET, chunk_tokens=CHUNK)
+    found = [
+        planned(adapted, spec, n * CHUNK, Gradient("all"), recorded=recorded).footprint(0)
+        for n, recorded in ((8, False), (8, True), (24, True))
+    ]
+    plain, recorded, longer = found
+    assert (plain.recordings, plain.beside) == (0, 0)
+    assert recorded.beside == recorded.activations > 0
+    assert recorded.recordings == longer.recordings > 0
+    step = planned(adapted, spec, 8 * CHUNK, Gradient("none"), recorded=True)
+    assert step.footprint(0).beside == 0 < step.footprint(0).recordings < recorded.recordings
+
+
 def test_operations_are_those_of_a_chunk(adapted: StreamingModel) -> None:
     """Products with weights, forward and backward, as torch counts them (it leaves adapters' in-place products out)."""
     spec = MemorySpec("sliding_window", budget=BUDGET, chunk_tokens=CHUNK)
