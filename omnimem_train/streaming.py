@@ -260,9 +260,8 @@ class Stream:
                     return found
             return self.passes.run(layers, embeds, given, first, stop_layer)
 
-        def back(layers: Layers, embeds: Tensor, *due: Any) -> list[Tensor | None] | None:
-            if self.graphs is None:
-                return None
+        def recorded(layers: Layers, embeds: Tensor, *due: Any) -> list[Tensor | None] | None:
+            assert self.graphs is not None
             return self.graphs.back(layers, embeds, inputs(), first, stop_layer, self._weights, *due)
 
         def again() -> Tensor:
@@ -273,6 +272,7 @@ class Stream:
             if due != "none" and self._checkpoints():
                 first.notes = self._can_undo(state.layers)
                 before, learned = state.past or Snapshot(state.layers), self._learned(chunk)
+                back = None if self.graphs is None else recorded
                 layers, lost = recomputed(run, state.layers, before, chunk.embeds, learned, stop_layer, back, again)
                 past = Snapshot(layers, before)
                 before.precede(past, first)
