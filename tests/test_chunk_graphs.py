@@ -16,6 +16,7 @@ from omnimem_train import chunk_graphs
 from omnimem_train.captured import Captured, Recordings, Shared, copy_all
 from omnimem_train.chunk_graphs import ChunkGraphs
 from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.memory.state import TEXT
 from omnimem_train.models.interface import TokenBlock
 from omnimem_train.streaming import Gradient, Stream, StreamState
 
@@ -60,6 +61,23 @@ def test_prefill(selector: str, positions: str, monkeypatch: pytest.MonkeyPatch)
         stream = Stream(model, spec)
         found.append(stream.flush(stream.feed(stream.start(), media)))
     assert used.count("first") >= 8, "chunks were not recorded"
+    for plain, recorded in zip(*(tensors(s) for s in found), strict=True):
+        assert torch.equal(plain, recorded)
+
+
+def test_text_that_comes_late_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk with a text token among its candidates has the shapes of one without, and keeps one token more."""
+    used, media, found = counted(monkeypatch), toy_stream(120), []
+    modality = media.modality.clone()
+    modality[:, [75, 97]] = TEXT
+    media = replace(media, modality=modality)
+    for graphs in (False, True):
+        model = ToyModel()
+        model.graphs = graphs
+        stream = Stream(model, SPEC)
+        found.append(stream.flush(stream.feed(stream.start(), media)))
+    assert used.count("first") > 2
+    assert found[1].layers[0].n_tokens == SPEC.budget + 4
     for plain, recorded in zip(*(tensors(s) for s in found), strict=True):
         assert torch.equal(plain, recorded)
 

@@ -24,6 +24,7 @@ from omnimem_train.memory.state import LayerMemory
 from omnimem_train.models import attention
 from omnimem_train.models.interface import Tap
 from omnimem_train.models.loading import ModelConfig, load_model
+from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.models.tiny import SPECIAL, make_tiny
 
 
@@ -277,6 +278,15 @@ def test_full_omni_checkpoint_gives_the_same_thinker(nano_folder: Path, nano_ses
         assert torch.equal(a, b), name
     assert not any("talker" in name for name, _ in model.module.named_parameters())
     assert type(model) is type(nano_session)
+
+
+def test_rotary_is_made_once_and_anew_for_other_frequencies(nano_folder: Path) -> None:
+    model = load_model(nano_folder)
+    assert isinstance(model, Qwen2_5OmniStreaming)
+    before, inner = model.rotary(), model.parts.text.rotary_emb
+    assert model.rotary() is before
+    inner.inv_freq = 2 * inner.inv_freq  # as moving a model, or scaled rotary embeddings, replace it
+    torch.testing.assert_close(model.rotary().inverse_frequencies, 2 * before.inverse_frequencies)
 
 
 def test_dtype_and_kernel_options(nano_folder: Path) -> None:
