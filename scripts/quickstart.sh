@@ -46,6 +46,6 @@ echo "by attention, the adapter by the importance it learned. The row 'full' sho
 echo "The study's figure on clips of a minute, two models and three seeds, 49 and 74"
 echo "tokens (2 and 3 %), with a learned importance: budget-aware LoRA minus ... (points [95 % interval], RESULTS.md)"
 grep '^| `budget_lora` read.*| `[a-z_]*` read' RESULTS.md | awk -F'|' '{print $3, $(NF - 1)}'
-echo "The adapter that ships (checkpoints/tiny-omni-budget-lora; RESULTS.md, the last attempt) minus its best control:"
+echo "The adapter that ships (checkpoints/tiny-omni-budget-lora; RESULTS.md, the last attempt) minus the best control that was run:"
 grep -m 1 '^| `c[0-9]*_[a-z0-9_]*` read' RESULTS.md | awk -F'|' '{print $3, $(NF - 1)}'
 echo "Report: $run/report.html ($((SECONDS - begun)) s)"
