@@ -70,27 +70,55 @@ class ChunkPass:
                 (rounding could tip a tie).
             stop_layer: layers from here on have no gradient; None for all with.
         """
-        hidden, kept, lost = embeds, [], list[Tensor]()
+        out: Tensor | None = embeds
+        kept, lost = [], list[Tensor]()
         first_pass = not first.rows
         for layer, memory in enumerate(layers):
+            assert out is not None
+            if first_pass and layer < first.keep_inputs:
+                first.keep(layer, out)
             stopped = stop_layer is not None and layer >= stop_layer
             with torch.no_grad() if stopped else nullcontext():
-                tap = Tap(memory if memory.n_tokens else None)
-                layer_input = hidden if memory.hidden is not None else None
-                if layer + 1 < len(layers):
-                    hidden = self.model.run_layer(layer, hidden, chunk.rope, tap, first.extras)
-                else:  # nothing of a stream's tokens is read after their last keys and values
-                    self.model.run_states(layer, hidden, chunk.rope, tap, first.extras)
-                tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
-                if first_pass:
-                    assert tap.queries is not None
-                    tokens = self._choose(layer, tokens, tap.queries, chunk, first, memory.n_tokens)
-                chosen = first.rows[layer]
-                if self.attended is not None and chosen is not None and self.model.importance_head is not None:
-                    head = self.model.importance_head[layer]
-                    lost.append(retention_loss(tokens, head, self.attended.layers[layer]))
-                kept.append(self._keep(tokens, None if chosen is None else chosen.long()))
+                out, held, loss = self.layer(layer, memory, out, chunk, first, first_pass=first_pass)
+            kept.append(held)
+            if loss is not None:
+                lost.append(loss)
         return tuple(kept), torch.stack(lost).sum() if lost else None
+
+    def layer(
+        self,
+        layer: int,
+        memory: LayerMemory,
+        hidden: Tensor,
+        chunk: ChunkInputs,
+        first: FirstPass,
+        *,
+        first_pass: bool = False,
+        unread: bool = False,
+    ) -> tuple[Tensor | None, LayerMemory, Tensor | None]:
+        """One layer on one chunk: its output, which the last layer has none of, what it keeps, its retention loss.
+
+        Args:
+            memory: what the layer remembers.
+            hidden: (B, n, E) its input.
+            first_pass: whether to select, and note it in `first`; otherwise it is read there.
+            unread: of the output only the graph is wanted, see `Tap`.
+        """
+        tap = Tap(memory if memory.n_tokens else None, unread=unread)
+        layer_input = hidden if memory.hidden is not None else None
+        out = None
+        if layer + 1 < self.model.n_layers:
+            out = self.model.run_layer(layer, hidden, chunk.rope, tap, first.extras)
+        else:  # nothing of a stream's tokens is read after their last keys and values
+            self.model.run_states(layer, hidden, chunk.rope, tap, first.extras)
+        tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
+        if first_pass:
+            assert tap.queries is not None
+            tokens = self._choose(layer, tokens, tap.queries, chunk, first, memory.n_tokens)
+        chosen, loss = first.rows[layer], None
+        if self.attended is not None and chosen is not None and self.model.importance_head is not None:
+            loss = retention_loss(tokens, self.model.importance_head[layer], self.attended.layers[layer])
+        return out, self._keep(tokens, None if chosen is None else chosen.long()), loss
 
     def _choose(
         self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: ChunkInputs, first: FirstPass, n_before: int

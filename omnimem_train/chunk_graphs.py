@@ -7,7 +7,8 @@ replay each (`omnimem_train.captured`). What is recorded is `ChunkPass` itself, 
 Dropout draws in a replay what it would draw launch by launch: a replay starts where the device's generator stands.
 
 Not recorded, and run as usual: learning with a retention loss, selectors that wait for the host or read the output
-projection itself; in the second pass also layer inputs, extras, and a gradient of embeddings.
+projection itself, dropout where a second pass goes layer by layer; in the second pass also remembered layer inputs,
+extras, and a gradient of embeddings.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 
 from omnimem_train.captured import Recordings, Tensors, shapes
 from omnimem_train.chunk import ChunkInputs, ChunkPass, Result
+from omnimem_train.layerwise import gradients_by_layer
 from omnimem_train.memory.state import LayerMemory
 from omnimem_train.models.interface import StreamingModel
 from omnimem_train.recompute import gradients_of
 from omnimem_train.snapshots import FirstPass, Layers, Undo
+from omnimem_train.surroundings import dropouts
 
 FIELDS = len(fields(LayerMemory))
 
@@ -55,12 +58,12 @@ class ChunkGraphs:
 
     def run(self, layers: Layers, embeds: Tensor, chunk: ChunkInputs, first: FirstPass) -> Result | None:
         """`ChunkPass.run`, the first time and without gradient; None where it is not recorded."""
-        if not self._can or torch.is_grad_enabled():
+        if not self._can or torch.is_grad_enabled() or (first.keep_inputs and first.draws):
             return None
         given = [embeds, *first.extras.values(), *_of_chunk(chunk), *self._grams(), *_of_layers(layers)]
-        key = (self._setting, chunk.n_text, first.notes, tuple(first.extras), shapes(given))
+        key = (self._setting, chunk.n_text, first.notes, first.keep_inputs, tuple(first.extras), shapes(given))
         n_before = [memory.n_tokens for memory in layers]
-        shape = Shape(chunk, tuple(first.extras), n_before, len(self._grams()), first.notes)
+        shape = Shape(chunk, tuple(first.extras), n_before, len(self._grams()), first.notes, first.keep_inputs)
         recorded = self.first.get(key, lambda inputs: shape.first(self.passes, inputs), given)
         return None if recorded is None else shape.result(recorded(given), first)
 
@@ -79,22 +82,25 @@ class ChunkGraphs:
     ) -> list[Tensor | None] | None:
         """Gradients as `recompute.gradients_of` gives them; None where that is not recorded."""
         hidden = any(m.hidden is not None for m in layers)
-        if not self._can or hidden or needed[0] or first.extras:
+        if not self._can or hidden or needed[0] or first.extras or (first.keep_inputs and first.draws):
             return None
         notes, n_layers = first.notes, len(layers)
         # the memory's gradient is always computed, so that the oldest chunk, which needs none, is no case of its own
         due = [False, *[True] * (2 * n_layers), *needed[1 + 2 * n_layers :]]
         memory = [t for m in layers for t in (m.keys, m.values)] if notes else _of_layers(layers)
-        given = [embeds, *_of_chunk(chunk), *first.rows, *memory, *grads]
-        key = (self._setting, stop_layer, notes, tuple(due), shapes(given))
+        given = [embeds, *_of_chunk(chunk), *first.rows, *first.inputs, *memory, *grads]
+        key = (self._setting, stop_layer, notes, first.keep_inputs, tuple(due), shapes(given))
 
         def function(inputs: Tensors) -> Tensors:
             held = iter(inputs)
             again, known = _given(next(held)), _chunk_from(chunk, held)
             noted = FirstPass(again, notes=notes, rows=[next(held) for _ in range(n_layers)])
+            noted.keep_inputs, noted.inputs = first.keep_inputs, [_given(next(held)) for _ in first.inputs]
             before = tuple(_leaves(held, bare=notes) for _ in range(n_layers))
             data = [t for m in before for t in (m.keys, m.values)]
             with torch.enable_grad(), own_leaves(self.passes.model.module, weights) as leaves:
+                if noted.keep_inputs:
+                    return gradients_by_layer(self.passes, before, again, known, noted, leaves, list(held), due)
                 kept, more = self.passes.run(before, again, known, noted, stop_layer)
                 return gradients_of(kept, more, [again, *data, *leaves], list(held), due)
 
@@ -120,24 +126,33 @@ class Shape:
         n_before: tokens of each layer's memory before the chunk.
         n_grams: Gram matrices that are given.
         notes: whether the way back is noted.
+        keep_inputs: of how many layers inputs are kept.
     """
 
     def __init__(
-        self, chunk: ChunkInputs, extras: tuple[str, ...], n_before: list[int], n_grams: int, notes: bool
+        self,
+        chunk: ChunkInputs,
+        extras: tuple[str, ...],
+        n_before: list[int],
+        n_grams: int,
+        notes: bool,
+        keep_inputs: int,
     ) -> None:
         self.chunk, self.extras, self.n_before, self.n_grams, self.notes = chunk, extras, n_before, n_grams, notes
+        self.keep_inputs = keep_inputs
 
     def first(self, passes: ChunkPass, inputs: Tensors) -> Tensors:
         """What is recorded."""
         held = iter(inputs)
         first = FirstPass(_given(next(held)), {name: _given(next(held)) for name in self.extras}, self.notes)
+        first.keep_inputs = self.keep_inputs
         chunk = _chunk_from(self.chunk, held)
         grams = [_given(next(held)) for _ in range(self.n_grams)]
         layers = self._layers(held)
         with passes.chooser.holding(grams):
             kept, _ = passes.run(layers, first.embeds, chunk, first)
         undo = [t for u in first.undo for t in (u.gone, u.keys, u.values)]
-        return [*_of_layers(kept), *first.rows, *undo]
+        return [*_of_layers(kept), *first.rows, *undo, *first.inputs]
 
     def result(self, found: Tensors, first: FirstPass) -> Result:
         """What a pass gives, from what the recording gave; `first` is filled."""
@@ -146,6 +161,7 @@ class Shape:
         first.rows = [next(held) for _ in self.n_before]
         if self.notes:
             first.undo = [Undo(n, next(held), next(held), next(held)) for n in self.n_before]
+        first.inputs = [_given(x) for x in held]
         return kept, None
 
     def _layers(self, held: Iterator[Tensor | None]) -> Layers:
@@ -209,10 +225,9 @@ def recordings_of(model: StreamingModel) -> tuple[Recordings, Recordings]:
 
 def _manner(model: StreamingModel) -> Hashable:
     """What a pass does differently without other weights or inputs: dropout, and autocast."""
-    dropouts = tuple((m.p, m.training) for m in model.module.modules() if isinstance(m, nn.Dropout))
     kind = model.device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return model.module.training, dropouts, cast
+    return model.module.training, dropouts(model.module), cast
 
 
 def _standing(model: StreamingModel) -> Hashable:

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import LayerBudget, MemorySpec
 from omnimem_train.models.lora import LoraSettings
 from omnimem_train.models.quantised import BLOCK, BYTES_A_WEIGHT
 from omnimem_train.models.shape import DecoderShape
 from omnimem_train.scoring_costs import scoring_bytes
-from omnimem_train.streaming import Gradient
 
 MARKS = 41
 """Bytes of a remembered token and kv head beside key and value: three positions and an index in int64, time and

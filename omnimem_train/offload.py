@@ -12,7 +12,7 @@ copy is done: on the device by `record_stream` and events, on the host by torch'
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -26,6 +26,7 @@ from omnimem_train.models.interface import TokenBlock
 
 SLAB_BYTES = 64 * 2**20
 ALIGNED = 64
+LARGE = 4 * 2**20
 
 
 def host_memory(device: torch.device) -> HostMemory | None:
@@ -108,22 +109,23 @@ class HostMemory:
 
     def park(self, tensors: Sequence[Tensor | None]) -> Parked:
         """Begin to copy `tensors` out, as far as the current stream has computed them. They may be let go of at
-        once."""
-        places = defaultdict[torch.dtype, list[int]](list)
+        once, and must not be written to."""
+        places = defaultdict[Hashable, list[int]](list)
         for i, tensor in enumerate(tensors):
-            if tensor is not None:
-                places[tensor.dtype].append(i)
+            if tensor is not None:  # small ones together, so that copies are few
+                places[i if tensor.nbytes >= LARGE else tensor.dtype].append(i)
         flats, lengths = [], [0 if t is None else t.numel() for t in tensors]
         for where in places.values():
-            flats.append(torch.cat([t.detach().reshape(-1) for i in where if (t := tensors[i]) is not None]))
+            parts = [t.detach().reshape(-1) for i in where if (t := tensors[i]) is not None]
+            flats.append(torch.cat(parts) if len(parts) > 1 else parts[0])
         if self._out is not None:
             self._out.wait_stream(torch.cuda.current_stream(self.device))
         with self._in(self._out):
-            parts = [self._written(flat) for flat in flats]
+            copies = [self._written(flat) for flat in flats]
             done = None if self._out is None else self._out.record_event()
         joined = [
             _Joined(flat.dtype, where, [lengths[i] for i in where], pieces)
-            for flat, where, pieces in zip(flats, places.values(), parts, strict=True)
+            for flat, where, pieces in zip(flats, places.values(), copies, strict=True)
         ]
         return Parked(self, [None if t is None else t.shape for t in tensors], joined, done)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from omnimem_train.costs import MARKS, NORMS, Chunk, StreamStep
+from omnimem_train.gradient import Gradient
 from omnimem_train.models.quantised import BYTES_A_WEIGHT
 from omnimem_train.models.shape import PROJECTIONS
 from omnimem_train.scoring_costs import Work, scoring
-from omnimem_train.streaming import Gradient
 
 LAUNCHES = {"layer": (17, 50), "choice": (45, 45), "adapter": (4, 6), "backward": (35, 60), "adapter_backward": (10, 9)}
 """Kernels started for a layer and chunk with the package's own kernels and without, and for each adapter; counted on a

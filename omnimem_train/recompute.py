@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from omnimem_train.memory.state import LayerMemory
 from omnimem_train.snapshots import Layers, Snapshot
+from omnimem_train.surroundings import Surroundings
 
 Result = tuple[Layers, Tensor | None]
-T = TypeVar("T")
 Run = Callable[[Layers, Tensor], Result]
 Back = Callable[[Layers, Tensor, Sequence[Tensor | None], Sequence[bool]], list[Tensor | None] | None]
 
@@ -52,41 +51,13 @@ def recomputed(
             need one to what `gradients_of` gives; or to None, where there is none.
         again: gives the embeddings to the second pass; without it they are held.
     """
-    here = _Surroundings.here(embeds)
+    here = Surroundings.here(embeds)
     work = _Work(run, snapshot, again or (lambda: embeds), list(weights), learning, back, here)
     first = [layers]
     given = [embeds, *_data(layers), *weights]
     outputs = iter(_Twice.apply(work, first, *given))
     kept, more = work.result.pop()
     return tuple(_with_data(memory, outputs) for memory in kept), None if more is None else next(outputs)
-
-
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a pass depends on besides its inputs: random state and autocast, as they were at the first pass."""
-
-    device: str
-    cpu: Tensor
-    devices: list[int]
-    states: list[Tensor]
-    autocast: dict[str, Any]
-
-    @classmethod
-    def here(cls, like: Tensor) -> _Surroundings:
-        """As they are now, on the device of `like`."""
-        kind = like.device.type
-        autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-        return cls(kind, torch.get_rng_state(), *get_device_states(like), autocast)
-
-    def again(self, run: Callable[[], T]) -> T:
-        """`run()` in them, with gradient."""
-        kind = "cuda" if self.device == "cpu" else self.device  # fork_rng wants an accelerator's name
-        with torch.random.fork_rng(self.devices, device_type=kind), torch.enable_grad():
-            torch.set_rng_state(self.cpu)
-            if self.devices:
-                set_device_states(self.devices, self.states, device_type=self.device)
-            with torch.autocast(self.device, **self.autocast):
-                return run()
 
 
 @dataclass
@@ -99,7 +70,7 @@ class _Work:
     weights: list[Tensor]
     learning: int | None
     back: Back | None
-    surroundings: _Surroundings
+    surroundings: Surroundings
     result: list[Result] = field(default_factory=list)
 
     def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -125,8 +96,15 @@ def gradients_of(
         inputs: embeddings, data of the memories, weights.
         grads: of the data of `kept`, and of `more` where it is there.
     """
-    outputs = [*_data(kept), *([] if more is None else [more])]
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    return differentiate([*_data(kept), *([] if more is None else [more])], grads, inputs, needed)
+
+
+def differentiate(
+    outputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], inputs: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the `inputs` where they are `needed`, None elsewhere, from those of the `outputs` that have any."""
+    given = zip(outputs, grads, strict=True)
+    pairs = [(o, g) for o, g in given if o is not None and g is not None and o.requires_grad]
     places = [i for i, (x, need) in enumerate(zip(inputs, needed, strict=True)) if need and x.requires_grad]
     found: list[Tensor | None] = [None] * len(inputs)
     if pairs and places:
@@ -158,8 +136,12 @@ class _Twice(torch.autograd.Function):
 
 
 def _data(layers: Layers) -> list[Tensor]:
-    """Keys, values and layer inputs, layer by layer: all that can have a gradient."""
-    return [t for m in layers for t in (m.keys, m.values, m.hidden) if t is not None]
+    return [t for memory in layers for t in data_of(memory)]
+
+
+def data_of(memory: LayerMemory) -> list[Tensor]:
+    """Keys, values and layer inputs: all that can have a gradient."""
+    return [t for t in (memory.keys, memory.values, memory.hidden) if t is not None]
 
 
 def _with_data(memory: LayerMemory, data: Iterator[Tensor]) -> LayerMemory:

@@ -10,11 +10,11 @@ from typing import Any
 from omnimem_train.budget_sampling import BudgetSampling
 from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError, nearest
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.loading import ModelConfig
 from omnimem_train.models.lora import LoraSettings
-from omnimem_train.streaming import Gradient
 
 # Settings that may differ between a checkpoint and the run that resumes it: they change no number of the run.
 MAY_CHANGE = (

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from omnimem_train.memory.state import LayerMemory
 from omnimem_train.offload import HostMemory, Parked
+from omnimem_train.surroundings import Surroundings
 
 Layers = tuple[LayerMemory, ...]
 
@@ -87,6 +88,10 @@ class FirstPass:
         notes: whether selections can be undone, and are noted.
         rows: layer by layer, the rows that were kept (None: all).
         undo: layer by layer, the way back to the memory before, if `notes`.
+        keep_inputs: of how many layers, the first ones, inputs are kept.
+        inputs: those (B, n, E), from the second layer on; the first one's are `embeds`.
+        draws: whether a pass draws random numbers, so that a layer by itself needs to know from where on.
+        surroundings: layer by layer, if inputs are kept and it `draws`.
     """
 
     embeds: Tensor
@@ -94,17 +99,33 @@ class FirstPass:
     notes: bool = False
     rows: list[Tensor | None] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
+    keep_inputs: int = 0
+    inputs: list[Tensor] = field(default_factory=list)
+    draws: bool = False
+    surroundings: list[Surroundings] = field(default_factory=list)
     _parked: Parked | None = None
+
+    def keep(self, layer: int, hidden: Tensor) -> None:
+        """Note the input of `layer`, which is about to run."""
+        if layer:
+            self.inputs.append(hidden.detach())
+        if self.draws:
+            self.surroundings.append(Surroundings.here(hidden))
+
+    def input_of(self, layer: int) -> Tensor:
+        """What `keep` noted."""
+        return self.inputs[layer - 1] if layer else self.embeds
 
     def stow(self, host: HostMemory) -> None:
         """Keep all tensors in host memory until `back`; positions and the like, which are small, stay."""
         undo = [t for u in self.undo for t in (u.gone, u.keys, u.values)]
         extras = [None if t.requires_grad else t for t in self.extras.values()]
-        self._parked = host.park([self.embeds, *extras, *self.rows, *undo])
+        self._parked = host.park([self.embeds, *extras, *self.rows, *self.inputs, *undo])
         nothing = self.embeds.new_empty(0)
         self.embeds = nothing
         self.extras = {name: t if t.requires_grad else nothing for name, t in self.extras.items()}
         self.rows, self.undo = [None] * len(self.rows), [Undo(u.n_before) for u in self.undo]
+        self.inputs = [nothing] * len(self.inputs)
 
     def fetch(self) -> None:
         """Begin the way back of what was stowed."""
@@ -121,6 +142,7 @@ class FirstPass:
         self.embeds = embeds
         self.extras = {name: t if (got := next(found)) is None else got for name, t in self.extras.items()}
         self.rows = [next(found) for _ in self.rows]
+        self.inputs = [x for _ in self.inputs if (x := next(found)) is not None]
         self.undo = [Undo(u.n_before, next(found), next(found), next(found)) for u in self.undo]
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig, answer_loss, distillation_loss, supervised
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import MODALITIES
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, RenderedTurn, StreamingModel, TokenBlock
 from omnimem_train.offload import host_memory
 from omnimem_train.retention import Attended, Watch
-from omnimem_train.streaming import Gradient, Stream, StreamState
+from omnimem_train.streaming import Stream, StreamState
 
 TEACHER_CHUNK = 2048  # at least so many tokens at a time: where nothing is dropped, longer chunks give the same sooner
 

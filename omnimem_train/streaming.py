@@ -9,7 +9,7 @@ Shape legend: see `omnimem_train.memory.state`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,8 @@ from omnimem_train.choosing import Chooser
 from omnimem_train.chunk import ChunkInputs, ChunkPass, Result
 from omnimem_train.chunk_graphs import ChunkGraphs
 from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
+from omnimem_train.layerwise import gradients_by_layer
 from omnimem_train.memory import positions as rotary_positions
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import LayerMemory
@@ -31,54 +33,7 @@ from omnimem_train.offload import host_memory
 from omnimem_train.recompute import recomputed
 from omnimem_train.retention import Attended, Watch
 from omnimem_train.snapshots import FirstPass, Layers, Snapshot
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """Through which chunks the loss reaches the weights.
-
-    Attributes:
-        kind: "none" (inference), "all" chunks, "last" (the newest `chunks`), or "stop_layer": the OmniMem paper's
-            scheme (section on fine-tuning), where intermediate chunks give gradient only below layer `layer` and the
-            final chunk and the questions give it in all layers.
-        chunks: for "last"; they are counted from the end of the stream, also for questions asked earlier in it.
-        layer: for "stop_layer".
-        checkpointing: recompute each chunk in the backward pass instead of storing its activations, see
-            `omnimem_train.recompute`; what is stored then is the memory between chunks, see `omnimem_train.snapshots`.
-            The recomputation reuses the selection of the first pass. The backward pass can be run once.
-        offload: "none", or "host": what is stored for the recomputation and the embeddings of the stream wait in pinned
-            host memory, see `omnimem_train.offload`. Device memory then does not grow with the stream, host memory does
-            (about 70 KB a token of the 7B model). Results are the same to the bit; on a CPU nothing changes.
-    """
-
-    kind: str = "all"
-    chunks: int = 4
-    layer: int = 0
-    checkpointing: bool = True
-    offload: str = "none"
-
-    def __post_init__(self) -> None:
-        kinds = ("none", "all", "last", "stop_layer")
-        if self.kind not in kinds:
-            raise UserError(f"unknown gradient kind {self.kind!r}", remedy=f"choose one of: {', '.join(kinds)}")
-        if self.kind == "last" and self.chunks < 1:
-            raise UserError(f"gradient through the last {self.chunks} chunks", remedy="give chunks >= 1")
-        if self.layer < 0:
-            raise UserError(f"gradient stop layer {self.layer} is negative")
-        if self.offload not in ("none", "host"):
-            raise UserError(f"unknown gradient offload {self.offload!r}", remedy="choose one of: none, host")
-        if self.offload == "host" and not self.checkpointing:
-            raise UserError(
-                "gradient.offload=host without gradient.checkpointing",
-                cause="activations stay on the device; only what a recomputation needs can wait elsewhere",
-                remedy="set gradient.checkpointing=true, or gradient.offload=none",
-            )
-
-    def due(self, after: int) -> str:
-        """What a chunk that is followed by `after` others gets: "none", "all", or "below" the stop layer."""
-        if self.kind == "stop_layer":
-            return "below" if after > 0 else "all"
-        return "none" if self.kind == "none" or (self.kind == "last" and after >= self.chunks) else "all"
+from omnimem_train.surroundings import dropouts
 
 
 @dataclass(frozen=True)
@@ -135,6 +90,7 @@ class Stream:
         self.chooser = Chooser(model, spec)
         self.passes = ChunkPass(model, spec, self.chooser, attended)
         self.graphs: ChunkGraphs | None = None
+        self._draws = False
         self._weights = [p for p in model.module.parameters() if p.requires_grad] if self._checkpoints() else []
         self._host = host_memory(model.device)
         self._stows = self._host if self.gradient.offload == "host" and self._checkpoints() else None
@@ -142,6 +98,12 @@ class Stream:
             kernels.install()
         if self.gradient.kind in ("last", "stop_layer") and total_tokens < 1:
             raise ValueError("this gradient kind needs total_tokens")
+        if self.gradient.granularity == "layer" and model.gathering is not None:
+            raise UserError(
+                "gradient.granularity=layer with weights that are spread over processes",
+                cause="processes take turns at the layers in the order of whole chunks",
+                remedy="set gradient.granularity=chunk, or train under DDP or ZeRO-2",
+            )
         if self.gradient.kind == "stop_layer" and self.gradient.layer >= model.n_layers:
             raise UserError(f"gradient stop layer {self.gradient.layer} of a model with {model.n_layers} layers")
 
@@ -152,6 +114,7 @@ class Stream:
         anew: between two streams the weights may have changed."""
         m = self.model
         self.chooser.start()
+        self._draws = any(p > 0 and training for p, training in dropouts(m.module))
         # weights that are gathered layer by layer do not stay where a recording would look for them
         self.graphs = ChunkGraphs(self.passes) if m.graphs and m.gathering is None else None
         wants_hidden = "hidden" in self.chooser.selector.needs and not self.spec.unlimited
@@ -217,7 +180,7 @@ class Stream:
         with self._grad(True):
             if self._checkpoints():
                 before = state.past or Snapshot(state.layers)
-                _, hidden = recomputed(run, state.layers, before, block.embeds, self._learned(block))
+                _, hidden = recomputed(run, state.layers, before, block.embeds, self._learned(block.extras))
             else:
                 _, hidden = run(state.layers, block.embeds)
         assert hidden is not None
@@ -260,9 +223,13 @@ class Stream:
                     return found
             return self.passes.run(layers, embeds, given, first, stop_layer)
 
-        def recorded(layers: Layers, embeds: Tensor, *due: Any) -> list[Tensor | None] | None:
-            assert self.graphs is not None
-            return self.graphs.back(layers, embeds, inputs(), first, stop_layer, self._weights, *due)
+        def back(layers: Layers, embeds: Tensor, *due: Any) -> list[Tensor | None] | None:
+            given, found = inputs(), None
+            if self.graphs is not None:
+                found = self.graphs.back(layers, embeds, given, first, stop_layer, self._weights, *due)
+            if found is None and first.keep_inputs:
+                found = gradients_by_layer(self.passes, layers, embeds, given, first, self._learned(first.extras), *due)
+            return found
 
         def again() -> Tensor:
             first.back()
@@ -271,8 +238,9 @@ class Stream:
         with self._grad(due != "none"):
             if due != "none" and self._checkpoints():
                 first.notes = self._can_undo(state.layers)
-                before, learned = state.past or Snapshot(state.layers), self._learned(chunk)
-                back = None if self.graphs is None else recorded
+                if self.gradient.granularity == "layer":
+                    first.keep_inputs, first.draws = stop_layer, self._draws
+                before, learned = state.past or Snapshot(state.layers), self._learned(chunk.extras)
                 layers, lost = recomputed(run, state.layers, before, chunk.embeds, learned, stop_layer, back, again)
                 past = Snapshot(layers, before)
                 before.precede(past, first)
@@ -345,9 +313,9 @@ class Stream:
     def _grad(self, due: bool) -> torch.no_grad | nullcontext[None]:
         return nullcontext() if due and self.gradient.kind != "none" else torch.no_grad()
 
-    def _learned(self, block: TokenBlock) -> list[Tensor]:
-        """What a pass over `block` reads, besides memory and embeddings, that wants a gradient."""
-        return [*self._weights, *(x for x in block.extras.values() if x.requires_grad)]
+    def _learned(self, extras: Mapping[str, Tensor]) -> list[Tensor]:
+        """What a pass over tokens with `extras` reads, besides memory and embeddings, that wants a gradient."""
+        return [*self._weights, *(x for x in extras.values() if x.requires_grad)]
 
     def _checkpoints(self) -> bool:
         return self.gradient.kind != "none" and self.gradient.checkpointing and torch.is_grad_enabled()

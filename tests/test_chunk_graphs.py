@@ -15,10 +15,11 @@ from toy import ToyModel, toy_question, toy_stream
 from omnimem_train import chunk_graphs
 from omnimem_train.captured import Captured, Recordings, Shared, copy_all
 from omnimem_train.chunk_graphs import ChunkGraphs
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import TEXT
 from omnimem_train.models.interface import TokenBlock
-from omnimem_train.streaming import Gradient, Stream, StreamState
+from omnimem_train.streaming import Stream, StreamState
 
 SPEC = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
 ALL = Gradient("all")
@@ -85,11 +86,15 @@ def test_text_that_comes_late_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("gradient", [ALL, Gradient("last", chunks=6), Gradient("stop_layer", layer=1)], ids=str)
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_step(gradient: Gradient, positions: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+def test_step(
+    granularity: str, gradient: Gradient, positions: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps, with other weights in the second: recordings read weights where they are. Both passes of a chunk, and
-    a run without recordings, drop the same numbers."""
+    a run without recordings, drop the same numbers. (Not recorded: dropout where second passes go layer by layer.)"""
     used, found = counted(monkeypatch), []
     for graphs in (False, True):
+        gradient = replace(gradient, granularity=granularity if graphs else "chunk")
         model, losses = ToyModel(), []
         model.graphs = graphs
         for layer in model.module.layers:
@@ -105,8 +110,11 @@ def test_step(gradient: Gradient, positions: str, dropout: float, monkeypatch: p
                     if p.grad is not None:
                         p -= 0.01 * p.grad
         found.append([*losses, *[p.detach() for p in weights], *[p.grad for p in weights if p.grad is not None]])
-    assert used.count("first") > 12
-    assert used.count("second") >= (7 if gradient.kind == "last" else 20)  # of 12, of 34
+    if dropout and granularity == "layer":
+        assert "second" not in used
+    else:
+        assert used.count("first") > 12
+        assert used.count("second") >= (7 if gradient.kind == "last" else 20)  # of 12, of 34
     for plain, recorded in zip(*found, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=0, atol=1e-12)
 

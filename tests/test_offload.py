@@ -16,6 +16,7 @@ from toy import ToyModel, toy_question, toy_stream
 
 from omnimem_train.chunk import ChunkInputs
 from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import StreamingModel, Tap, TokenBlock, Turn
@@ -23,7 +24,7 @@ from omnimem_train.models.lora import LoraSettings, add_lora, lora_parameters
 from omnimem_train.offload import HostMemory, Parked, Slabs, host_memory
 from omnimem_train.run_config import MAY_CHANGE
 from omnimem_train.step import EncodedStream, StreamingStep, TimedTurn, encode_stream
-from omnimem_train.streaming import Gradient, Stream
+from omnimem_train.streaming import Stream
 
 SPEC = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
 CPU = torch.device("cpu")
@@ -192,13 +193,14 @@ SPECS = {
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: g.kind)
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_losses_and_gradients_are_the_same_to_the_bit(
-    batch: int, gradient: Gradient, spec: MemorySpec, host: Logged
+    batch: int, granularity: str, gradient: Gradient, spec: MemorySpec, host: Logged
 ) -> None:
     plain = results(gradient, spec, batch)
     assert not host.log
-    found = results(replace(gradient, offload="host"), spec, batch)
+    found = results(replace(gradient, offload="host", granularity=granularity), spec, batch)
     assert ("park", 2) in host.log
     assert len(found) == len(plain) > 20
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))

@@ -21,6 +21,7 @@ from omnimem_train.cli import main
 from omnimem_train.config import load_config
 from omnimem_train.costs import StreamStep
 from omnimem_train.gpus import GPUS, Gpu, find_gpu, seconds
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory import AUDIO, VISUAL, MemorySpec
 from omnimem_train.models.interface import StreamingModel, TokenBlock
@@ -34,7 +35,7 @@ from omnimem_train.plan_advice import _enough, _offload, _with
 from omnimem_train.run_config import RunConfig
 from omnimem_train.scoring_costs import Work
 from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
-from omnimem_train.streaming import Gradient, Stream, StreamState, encode
+from omnimem_train.streaming import Stream, StreamState, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 SEVEN = "recipes/qwen2_5_omni_7b.yaml"

@@ -19,6 +19,7 @@ from omnimem_train.cli import main
 from omnimem_train.config import load_config
 from omnimem_train.errors import UserError
 from omnimem_train.export import adapter_memory, export_adapter
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import StreamingModel, Turn
@@ -28,7 +29,6 @@ from omnimem_train.models.quantised import BYTES_A_WEIGHT, unpacked
 from omnimem_train.run_config import RunConfig
 from omnimem_train.session import StreamSession, model_fingerprint
 from omnimem_train.step import StreamingStep, TimedTurn, encode_stream
-from omnimem_train.streaming import Gradient
 from omnimem_train.trainer import train
 
 needs_bnb = pytest.mark.skipif(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from toy import ToyModel, toy_question, toy_stream
 
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import Tap, TokenBlock
-from omnimem_train.streaming import Gradient, Stream, StreamState
+from omnimem_train.streaming import Stream, StreamState
 
 SPEC = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
 
@@ -22,13 +23,15 @@ SPEC = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
 class Noisy(ToyModel):
     """With dropout after each layer, and extras added to the output of the first."""
 
-    dropout = 0.3
+    def __init__(self) -> None:
+        super().__init__()
+        self.module.add_module("dropout", torch.nn.Dropout(0.3))
 
     def run_layer(self, layer: int, hidden: Tensor, rope: Any, tap: Tap, extras: Mapping[str, Tensor]) -> Tensor:
         out = super().run_layer(layer, hidden, rope, tap, extras)
         if layer == 0 and "seen" in extras:
             out = out + extras["seen"]
-        return torch.nn.functional.dropout(out, self.dropout)
+        return self.module.dropout(out)  # type: ignore[operator, no-any-return]
 
 
 def loss_of(
@@ -48,8 +51,9 @@ def weights_of(model: ToyModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("selector", ["perturbation", "random", "omnimem"])
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
 @pytest.mark.parametrize("gradient", [Gradient("all"), Gradient("last", chunks=2)], ids=lambda g: g.kind)
-def test_dropout_and_extras(selector: str, gradient: Gradient) -> None:
+def test_dropout_and_extras(selector: str, gradient: Gradient, granularity: str) -> None:
     """As without a second pass: what is dropped there is what was dropped in the first."""
     found = []
     for checkpointing in (True, False):
@@ -58,7 +62,8 @@ def test_dropout_and_extras(selector: str, gradient: Gradient) -> None:
         media = replace(media, extras={"seen": seen.requires_grad_()})
         media.embeds.requires_grad_()
         torch.manual_seed(3)
-        loss, _ = loss_of(model, media, replace(gradient, checkpointing=checkpointing), SPEC.replace(selector=selector))
+        given = replace(gradient, checkpointing=checkpointing, granularity=granularity if checkpointing else "chunk")
+        loss, _ = loss_of(model, media, given, SPEC.replace(selector=selector))
         torch.manual_seed(4)  # the random state of the backward pass is its own
         loss.backward()
         after = torch.rand(1)

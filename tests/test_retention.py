@@ -20,6 +20,7 @@ from omnimem_train.budget_sampling import BudgetSampling
 from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError
 from omnimem_train.export import adapter_memory, export_adapter
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory import MemorySpec
 from omnimem_train.memory.learned import WIDTH
@@ -33,7 +34,7 @@ from omnimem_train.run_config import RunConfig, TrainConfig
 from omnimem_train.runlog import read_metrics
 from omnimem_train.session import model_fingerprint
 from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
-from omnimem_train.streaming import Gradient, Stream
+from omnimem_train.streaming import Stream
 from omnimem_train.trainer import train
 
 LEARNED = MemorySpec("omnimem", {"importance": "learned", "lam": 0.3}, budget=10, chunk_tokens=8)
@@ -113,21 +114,22 @@ def test_the_loss_is_a_cross_entropy_for_each_modality() -> None:
     assert hidden.grad is None
 
 
-def head_gradient(checkpointing: bool) -> tuple[Tensor, Tensor]:
+def head_gradient(checkpointing: bool, granularity: str = "chunk") -> tuple[Tensor, Tensor]:
     model = ToyModel()
     head = add_importance_head(model)
     with torch.no_grad():
         head.normal_(generator=torch.Generator().manual_seed(0))
     encoded = EncodedStream([toy_stream(33)], [Moment(1, None, [question(5, [1, 2])])])
     step = StreamingStep(model, LossConfig(retention=1.0))
-    result = step(encoded, LEARNED, Gradient("all", checkpointing=checkpointing))
+    result = step(encoded, LEARNED, Gradient("all", checkpointing=checkpointing, granularity=granularity))
     result.loss.backward()
     assert result.retention_loss is not None and head.grad is not None
     return result.loss.detach(), head.grad
 
 
-def test_recomputation_gives_the_head_the_same_gradient() -> None:
-    for a, b in zip(head_gradient(True), head_gradient(False), strict=True):
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+def test_recomputation_gives_the_head_the_same_gradient(granularity: str) -> None:
+    for a, b in zip(head_gradient(True, granularity), head_gradient(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert float(head_gradient(True)[1].abs().sum()) > 0
 

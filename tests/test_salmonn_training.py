@@ -18,6 +18,7 @@ from test_training import ROOT, launch
 from omnimem_train.cli import main
 from omnimem_train.errors import UserError
 from omnimem_train.export import adapter_memory, export_adapter
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory import AUDIO, TEXT, MemorySpec
 from omnimem_train.models.interface import StreamingModel, Turn
@@ -28,7 +29,6 @@ from omnimem_train.models.salmonn.adapter import read_adapter
 from omnimem_train.models.salmonn.tiny import make_tiny_salmonn
 from omnimem_train.runlog import read_metrics
 from omnimem_train.step import EncodedStream, StreamingStep, TimedTurn, encode_stream
-from omnimem_train.streaming import Gradient
 
 PIXELS = {"max_pixels": 3136}
 IDS = torch.arange(20)[None]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from omnimem_train import sharding
 from omnimem_train.engines import check_deepspeed, check_saved
 from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.importance import add_importance_head, trained_parameters
@@ -26,7 +27,6 @@ from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter
 from omnimem_train.run_config import TrainConfig
 from omnimem_train.sharding import Rota, Shard, Shelf, frozen
 from omnimem_train.step import StreamingStep
-from omnimem_train.streaming import Gradient
 from scripts.bench.unequal import UnequalSource
 
 

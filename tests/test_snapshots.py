@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from toy import ToyModel, toy_question, toy_stream
 
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import LayerMemory
 from omnimem_train.models.interface import TokenBlock
 from omnimem_train.snapshots import Snapshot, Undo, others
-from omnimem_train.streaming import Gradient, Stream, StreamState
+from omnimem_train.streaming import Stream, StreamState
 
 BUDGETED = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
 
@@ -117,9 +118,10 @@ def grads_with_questions(gradient: Gradient, spec: MemorySpec = BUDGETED) -> lis
 @pytest.mark.parametrize(
     "gradient", [Gradient("all"), Gradient("last", chunks=3), Gradient("stop_layer", layer=1)], ids=lambda g: g.kind
 )
-def test_gradients_of_questions_at_all_times(gradient: Gradient, positions: str) -> None:
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+def test_gradients_of_questions_at_all_times(granularity: str, gradient: Gradient, positions: str) -> None:
     spec = BUDGETED.replace(positions=positions)
-    found = grads_with_questions(gradient, spec)
+    found = grads_with_questions(replace(gradient, granularity=granularity), spec)
     plain = grads_with_questions(replace(gradient, checkpointing=False), spec)
     assert len(found) == len(plain)
     for a, b in zip(found, plain, strict=True):

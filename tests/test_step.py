@@ -11,12 +11,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig, answer_loss, distillation_loss, supervised
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.interface import StreamingModel, Turn
 from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, lora_parameters
 from omnimem_train.step import EncodedStream, StepResult, StreamingStep, TimedTurn, encode_stream
-from omnimem_train.streaming import Gradient, Stream
+from omnimem_train.streaming import Stream
 
 SPEC = MemorySpec(budget=24, chunk_tokens=40)
 TURNS = [

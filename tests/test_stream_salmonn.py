@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import AUDIO, TEXT, VISUAL
 from omnimem_train.models.interface import MediaInfo, MediaWindow, TokenBlock, Turn
@@ -26,7 +27,7 @@ from omnimem_train.models.salmonn.layout import interleaved, timestamped
 from omnimem_train.models.salmonn.order import Order, Rules
 from omnimem_train.models.salmonn.positions import VideoGrid, positions
 from omnimem_train.models.salmonn.stream_model import VideoSalmonn2Streaming
-from omnimem_train.streaming import Gradient, Stream, encode
+from omnimem_train.streaming import Stream, encode
 
 KINDS = {"text": (False, False), "video": (True, False), "audio": (False, True), "both": (True, True)}
 FPS = 1.0

@@ -13,11 +13,12 @@ from toy import ToyModel, toy_question, toy_stream
 from omnimem_train import choosing
 from omnimem_train.choosing import Chooser
 from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory.selector import Candidates, choose
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import TEXT, VISUAL
 from omnimem_train.models.interface import TokenBlock
-from omnimem_train.streaming import Gradient, Stream, StreamState
+from omnimem_train.streaming import Stream, StreamState
 
 UNLIMITED = MemorySpec(selector="full", budget=None, chunk_tokens=7)
 BUDGETED = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
@@ -158,11 +159,12 @@ GRADIENTS = [Gradient("all"), Gradient("last", chunks=2), Gradient("stop_layer",
 
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
 @pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: g.kind)
-def test_checkpointed_gradients_equal_plain_ones(gradient: Gradient, positions: str) -> None:
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+def test_checkpointed_gradients_equal_plain_ones(granularity: str, gradient: Gradient, positions: str) -> None:
     from dataclasses import replace
 
     model, spec = ToyModel(), BUDGETED.replace(positions=positions)
-    loss, grads, media = loss_and_grads(model, spec, gradient)
+    loss, grads, media = loss_and_grads(model, spec, replace(gradient, granularity=granularity))
     plain_loss, plain, plain_media = loss_and_grads(model, spec, replace(gradient, checkpointing=False))
     torch.testing.assert_close(loss, plain_loss, rtol=0, atol=1e-12)
     assert grads.keys() == plain.keys()

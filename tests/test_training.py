@@ -27,6 +27,7 @@ from omnimem_train.config import load_config
 from omnimem_train.data import DataConfig
 from omnimem_train.errors import UserError
 from omnimem_train.export import export_adapter
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.loading import ModelConfig, load_model
@@ -36,7 +37,6 @@ from omnimem_train.run_config import RunConfig, TrainConfig
 from omnimem_train.runlock import run_lock
 from omnimem_train.runlog import read_metrics
 from omnimem_train.session import model_fingerprint
-from omnimem_train.streaming import Gradient
 from omnimem_train.trainer import check_finite, train
 
 ROOT = Path(__file__).resolve().parents[1]

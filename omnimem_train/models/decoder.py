@@ -7,6 +7,7 @@ vision tower that are added to the output of the first layers (deepstack).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from omnimem_train.models.attention import NAME
 from omnimem_train.models.fused import fuse
 from omnimem_train.models.interface import Gathering, Tap
 from omnimem_train.models.quantised import unpacked
+from omnimem_train.models.unread import without_result
 
 DEEPSTACK = "deepstack"
 """Name of the extras (B, n, layers, E) that are added to the output of layers 0, 1, ...; 0 for tokens without any."""
@@ -103,7 +105,8 @@ class StockDecoder:
             )
         if self.gathering is not None:
             self.gathering.before(layer)
-        out = block(hidden, **self._of_attention(rope, tap))
+        with without_result(block.mlp.down_proj) if tap.unread else nullcontext():
+            out = block(hidden, **self._of_attention(rope, tap))
         out = out[0] if isinstance(out, tuple) else out
         features = extras.get(DEEPSTACK)
         if features is not None and layer < features.shape[2]:

@@ -94,10 +94,15 @@ def _packed(linear: nn.Linear, device: torch.device) -> nn.Module:
     return made.train(linear.training)
 
 
+def is_packed(linear: nn.Module) -> bool:
+    """Whether a linear map is in 4 bits."""
+    return getattr(linear.weight, "quant_state", None) is not None
+
+
 def unpacked(linear: nn.Module) -> Tensor:
     """(out, in) weight of a linear map, plain or in 4 bits, detached."""
     weight: Any = linear.weight
-    if getattr(weight, "quant_state", None) is None:
+    if not is_packed(linear):
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from omnimem_train import kernels
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig, answer_loss
 from omnimem_train.memory import MemorySpec
 from omnimem_train.models.interface import StreamingModel, Tap, TokenBlock
 from omnimem_train.models.lora import LoraSettings, add_lora, lora_parameters
 from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
-from omnimem_train.streaming import Gradient, Stream, StreamState
+from omnimem_train.streaming import Stream, StreamState
 
 PREFILL = {
     "sliding_window": ("sliding_window", {}),

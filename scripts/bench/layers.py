@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory import LayerMemory
 from omnimem_train.models.attention import attend
 from omnimem_train.models.interface import Tap
 from omnimem_train.models.lora import lora_parameters
 from omnimem_train.step import StreamingStep
-from omnimem_train.streaming import Gradient
 
 CALLS = 10  # between two synchronisations
 

@@ -14,11 +14,12 @@ from cases import Bench, clear, release, with_lora
 from measure import GIB
 from shape import end_of, stream_block, text_block
 
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.models.interface import TokenBlock
 from omnimem_train.offload import SLAB_BYTES, host_memory
 from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
-from omnimem_train.streaming import Gradient, Stream
+from omnimem_train.streaming import Stream
 
 LONGER = 8
 BLOCKS = 4  # a chunk comes in so many blocks, as from an encoder

@@ -14,10 +14,10 @@ from pathlib import Path
 from shape import SHAPES, Shape
 
 from omnimem_train.gpus import GPUS, Gpu, find_gpu, phase_seconds
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory import MemorySpec
 from omnimem_train.models.lora import LoraSettings
 from omnimem_train.operations import step_work
-from omnimem_train.streaming import Gradient
 
 HERE = Path(__file__).resolve().parent
 SHAPE = SHAPES["qwen2.5-omni-7b"]

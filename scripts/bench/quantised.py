@@ -13,6 +13,7 @@ from measure import GIB
 from shape import SHAPES, Shape, fill, make_thinker
 from torch import nn
 
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.models.interface import StreamingModel
 from omnimem_train.models.lora import LoraSettings
@@ -22,7 +23,6 @@ from omnimem_train.models.qwen2_5_omni import Parts, Qwen2_5OmniStreaming
 from omnimem_train.models.shape import read_shape
 from omnimem_train.models.tiny import tiny_tokenizer
 from omnimem_train.step import StreamingStep
-from omnimem_train.streaming import Gradient
 
 LIMIT_GIB = 24.0
 PUBLISHED = "Qwen/Qwen2.5-Omni-7B"

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from omnimem_train.budget_sampling import BudgetSampler
 from omnimem_train.config import load_config
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.run_config import RunConfig
 from omnimem_train.step import StreamingStep
-from omnimem_train.streaming import Gradient
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "qwen2_5_omni_7b.yaml"
 

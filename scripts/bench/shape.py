@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem_train.costs import StreamStep
+from omnimem_train.gradient import Gradient
 from omnimem_train.memory import AUDIO, TEXT, VISUAL, MemorySpec
 from omnimem_train.models.interface import StreamingModel, TokenBlock
 from omnimem_train.models.lora import LoraSettings
@@ -20,7 +21,6 @@ from omnimem_train.models.shape import DecoderShape
 from omnimem_train.models.tiny import Size, thinker_config, tiny_tokenizer
 from omnimem_train.operations import forward
 from omnimem_train.scoring_costs import Work
-from omnimem_train.streaming import Gradient
 
 
 @dataclass(frozen=True)

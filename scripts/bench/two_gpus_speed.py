@@ -20,13 +20,13 @@ from cases import with_tokens
 from shape import SHAPES, end_of, make_model, stream_block, text_block
 
 from omnimem_train.engines import make_accelerator, prepare, shard
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.memory import MemorySpec
 from omnimem_train.models.interface import StreamingModel
 from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter
 from omnimem_train.run_config import TrainConfig
 from omnimem_train.step import EncodedStream, Moment, Question, StreamingStep
-from omnimem_train.streaming import Gradient
 
 
 def arguments() -> argparse.Namespace:

@@ -22,6 +22,7 @@ from data_prep.questions import NARRATE, QuestionMaker, narration
 from data_prep.streams import PackedTurn, WorldStreams, pack
 from data_prep.world import ClipSpec
 from omnimem_train.budget_sampling import BudgetSampling
+from omnimem_train.gradient import Gradient
 from omnimem_train.losses import LossConfig
 from omnimem_train.models.interface import RenderedTurn, StreamingModel, Turn
 from omnimem_train.models.loading import ModelConfig
@@ -29,7 +30,6 @@ from omnimem_train.models.lora import LoraSettings
 from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.run_config import RunConfig, TrainConfig
 from omnimem_train.step import EncodedStream
-from omnimem_train.streaming import Gradient
 from scripts.recall.asking import FORM
 from scripts.recall.methods import BUDGETS, CHUNK, Form
 from scripts.recall.turns import rendered

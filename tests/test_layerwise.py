@@ -1,0 +1,151 @@
+"""Second passes layer by layer, on a real decoder: the same gradients, without the product nobody reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy import ToyModel, toy_stream
+
+from omnimem_train.errors import UserError
+from omnimem_train.gradient import Gradient
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.interface import StreamingModel, TokenBlock
+from omnimem_train.models.loading import load_model
+from omnimem_train.models.lora import LoraSettings, add_lora
+from omnimem_train.models.unread import without_result
+from omnimem_train.streaming import Stream
+
+CHUNK = 16
+ATTENTION, EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj", "v_proj", "gate_proj", "down_proj")
+SPEC = MemorySpec("perturbation", budget=24, chunk_tokens=CHUNK)
+
+
+def adapted(folder: Path, targets: tuple[str, ...], dropout: float = 0.0, dtype: str = "float32") -> StreamingModel:
+    model = load_model(folder, device="cpu", dtype=dtype)
+    add_lora(model, LoraSettings(r=4, alpha=8, dropout=dropout, targets=targets))
+    model.module.train()
+    draw = torch.Generator().manual_seed(1)
+    for p in model.module.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1, generator=draw)
+    return model
+
+
+def gradients(model: StreamingModel, gradient: Gradient, spec: MemorySpec = SPEC) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of a stream of five chunks and a half, with other numbers drawn before the backward pass."""
+    model.module.zero_grad()
+    draw, n = torch.Generator().manual_seed(0), 5 * CHUNK + 7
+    at = torch.arange(n)
+    embeds = torch.randn(1, n, model.hidden_size, generator=draw).to(model.dtype)
+    media = TokenBlock(embeds, at[None, :, None].expand(1, n, 3), (1 + at % 2).to(torch.int8)[None], at[None].float())
+    torch.manual_seed(3)
+    stream = Stream(model, spec, gradient, n)
+    state = stream.flush(stream.feed(stream.start(), media))
+    loss = model.logits(stream.ask(state, [media[:5]])).float().log_softmax(-1)[..., 3].sum()
+    torch.manual_seed(4)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.module.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("gradient", [Gradient("all"), Gradient("last", chunks=2), Gradient("stop_layer", layer=1)])
+@pytest.mark.parametrize("positions", ["absolute", "compact"])
+@pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradients_are_those_by_chunk(
+    dropout: float, targets: tuple[str, ...], positions: str, gradient: Gradient, nano_folder: Path
+) -> None:
+    from dataclasses import replace
+
+    model, spec = adapted(nano_folder, targets, dropout), SPEC.replace(positions=positions)
+    loss, wanted = gradients(model, gradient, spec)
+    mine, found = gradients(model, replace(gradient, granularity="layer"), spec)
+    assert torch.equal(mine, loss)
+    assert len(found) == len(wanted) > 10
+    assert sum(float(g.abs().sum()) > 0 for g in wanted) > 4
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()) + 1e-9)
+
+
+def test_in_bfloat16_too(nano_folder: Path) -> None:
+    model = adapted(nano_folder, ATTENTION, dtype="bfloat16")
+    (loss, wanted), (mine, found) = (gradients(model, Gradient("all", granularity=g)) for g in ("chunk", "layer"))
+    assert torch.equal(mine, loss)
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).norm()) < 0.02 * float(b.norm())
+
+
+def test_the_last_product_is_made_once(nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first pass alone; the others twice, and those of a trained map as well."""
+    made: dict[str, int] = {}
+    forward = nn.Linear.forward
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        made[names.get(id(self), "")] = made.get(names.get(id(self), ""), 0) + 1
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    for targets, times in ((ATTENTION, 1), (EVERYTHING, 2)):
+        model = adapted(nano_folder, targets)
+        names = {id(m): n.split(".")[-1] for n, m in model.language_modules() if ".mlp." in n}
+        names |= {id(m.base_layer): n.split(".")[-1] for n, m in model.language_modules() if hasattr(m, "base_layer")}
+        made.clear()
+        gradients(model, Gradient("all", granularity="layer"))
+        chunks, asked, layers = 6, 2, model.n_layers - 1  # the last layer's MLP is not run on a chunk
+        assert made["up_proj"] == 2 * chunks * layers + asked * model.n_layers
+        assert made["down_proj"] == times * chunks * layers + asked * model.n_layers
+
+
+def test_activations_of_one_layer_at_a_time(nano_folder: Path) -> None:
+    """Bytes alive at once that autograd keeps in second passes."""
+    model, spec = adapted(nano_folder, ATTENTION), SPEC.replace(chunk_tokens=64, budget=24)
+    alive, peak = 0, 0
+
+    class Held:
+        def __init__(self, x: Tensor) -> None:
+            nonlocal alive, peak
+            self.x, self.n = x, x.nbytes
+            alive += self.n
+            peak = max(peak, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= self.n
+
+    most = []
+    for granularity in ("chunk", "layer"):
+        alive, peak = 0, 0
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.x):
+            gradients(model, Gradient("all", granularity=granularity), spec)
+        most.append(peak)
+    assert most[1] < 0.7 * most[0]  # of three layers, the last of which makes keys and values alone
+
+
+def test_a_map_without_result() -> None:
+    linear, x = nn.Linear(3, 5).requires_grad_(False), torch.randn(2, 4, 3, requires_grad=True)
+    weight = torch.randn(2, 4, 5)
+    with without_result(linear):
+        out = linear(x)
+        assert out.shape == (2, 4, 5) and not out.any()
+        (found,) = torch.autograd.grad((out * weight).sum(), x)
+    assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+    (wanted,) = torch.autograd.grad((linear(x) * weight).sum(), x)
+    torch.testing.assert_close(found, wanted)
+    linear.weight.requires_grad_()
+    with without_result(linear):
+        assert linear(x).any(), "a map that is trained runs as usual"
+
+
+def test_not_with_spread_weights() -> None:
+    model = ToyModel()
+    model.gathering = object()  # type: ignore[assignment]
+    with pytest.raises(UserError, match="spread over processes"):
+        Stream(model, SPEC, Gradient("all", granularity="layer"), toy_stream(9).n)
+
+
+@pytest.mark.parametrize("given", [{"granularity": "block"}, {"granularity": "layer", "checkpointing": False}])
+def test_settings_that_cannot_be(given: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="granularity"):
+        Gradient("all", **given)  # type: ignore[arg-type]
