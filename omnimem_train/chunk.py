@@ -71,13 +71,15 @@ class ChunkPass:
             stop_layer: layers from here on have no gradient; None for all with.
         """
         out: Tensor | None = embeds
-        kept, lost = [], list[Tensor]()
+        kept, lost = list[LayerMemory](), list[Tensor]()
         first_pass = not first.rows
         for layer, memory in enumerate(layers):
             assert out is not None
             if first_pass and layer < first.keep_inputs:
                 first.keep(layer, out)
             stopped = stop_layer is not None and layer >= stop_layer
+            if stopped and not first_pass:  # nobody reads what they keep
+                return (*kept, *layers[layer:]), torch.stack(lost).sum() if lost else None
             with torch.no_grad() if stopped else nullcontext():
                 out, held, loss = self.layer(layer, memory, out, chunk, first, first_pass=first_pass)
             kept.append(held)

@@ -1,8 +1,9 @@
 """What a training step on a stream holds in memory, counted from how the step works.
 
 The counts follow `omnimem_train.streaming` and `omnimem_train.step`: chunks with a memory in front, selection without
-gradient, every chunk with gradient recomputed as a whole in the backward pass. Nothing here knows a GPU or is measured;
-tests hold the counts against the tensors of a small model. `omnimem_train.operations` counts what such a step computes.
+gradient, every chunk with gradient recomputed in the backward pass, as a whole or layer by layer. Nothing here knows a
+GPU or is measured; tests hold the counts against the tensors of a small model. `omnimem_train.operations` counts what
+such a step computes.
 
 Symbols as in `omnimem_train.memory.state`; n tokens of a chunk, S = memory + n candidates, b bytes of a number.
 """
@@ -10,9 +11,10 @@ Symbols as in `omnimem_train.memory.state`; n tokens of a chunk, S = memory + n 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from omnimem_train.footprint import Footprint
 from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import LayerBudget, MemorySpec
 from omnimem_train.models.lora import LoraSettings
@@ -69,37 +71,6 @@ class Chunk:
     def pairs(self) -> float:
         """Query-key pairs that attention looks at, for one head."""
         return self.n * (self.memory + (self.n + 1) / 2)
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of device memory at the peak of a step.
-
-    Attributes:
-        weights: of the whole model.
-        adapter: LoRA weights, their gradients and the two moments of AdamW.
-        clips: embeddings of the encoded clips of a step.
-        snapshots: memories between chunks, in full or as the way back to them, for the backward pass.
-        activations: of the chunk that is being recomputed, or of all chunks with gradient without checkpointing.
-        passing: gradients of the memory, and what a layer needs for a moment.
-        recordings: what recorded chunks take in and give, in places of its own (`omnimem_train.captured`).
-        beside: activations of a chunk that is run launch by launch beside recordings, whose memory it cannot use: in
-            the first steps, and where the last chunk of a clip is a shorter one.
-    """
-
-    weights: float = 0.0
-    adapter: float = 0.0
-    clips: float = 0.0
-    snapshots: float = 0.0
-    activations: float = 0.0
-    passing: float = 0.0
-    recordings: float = 0.0
-    beside: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
@@ -209,9 +180,19 @@ class StreamStep:
         return self.recomputes and self.gradient.offload == "host"
 
     @property
+    def by_layer(self) -> bool:
+        """Whether that goes layer by layer, on stored layer inputs."""
+        return self.recomputes and self.gradient.granularity == "layer"
+
+    @property
     def rank(self) -> int:
         """Of the adapter; 0 without one."""
         return 0 if self.lora is None else self.lora.r
+
+    @property
+    def trained(self) -> int:
+        """Numbers of the adapter."""
+        return 0 if self.lora is None else self.shape.adapter_weights(self.lora.r, self.lora.targets)
 
     @property
     def short(self) -> bool:
@@ -250,11 +231,17 @@ class StreamStep:
         before it, or what it takes to get back there."""
         s, evicts = self.shape, chunk.kept < chunk.candidates
         row = s.layers * s.kv_heads * (2 if chunk.candidates <= 32767 else 4)
+        inputs = self.layer_inputs(chunk)
         if not self.undoes:
-            return self.snapshot(chunk.memory) + (row * chunk.kept if evicts else 0)
+            return inputs + self.snapshot(chunk.memory) + (row * chunk.kept if evicts else 0)
         if not evicts or not chunk.memory:
-            return row * chunk.kept if evicts else 0
-        return row * chunk.candidates + s.layers * (chunk.candidates - chunk.kept) * self.token_bytes
+            return inputs + (row * chunk.kept if evicts else 0)
+        return inputs + row * chunk.candidates + s.layers * (chunk.candidates - chunk.kept) * self.token_bytes
+
+    def layer_inputs(self, chunk: Chunk) -> float:
+        """Bytes of the inputs of its layers that a chunk leaves behind; the first layer's are the embeddings."""
+        layers = self.gradient_layers(chunk) - 1 if self.by_layer else 0
+        return max(0, layers) * chunk.n * self.shape.hidden * self.itemsize
 
     @property
     def embedding_bytes(self) -> int:
@@ -270,7 +257,7 @@ class StreamStep:
         return left + self.embedding_bytes * self.tokens * clips
 
     def activations(self, chunk: Chunk, of: str = "kept") -> float:
-        """Bytes that autograd keeps of a chunk, whose first layer gets inputs that need no gradient.
+        """Bytes that autograd keeps of a chunk at a time, whose first layer gets inputs that need no gradient.
 
         Args:
             of: "kept", after the pass: the last layer with gradient hands on nothing but its keys and values. "made",
@@ -295,6 +282,8 @@ class StreamStep:
         if of == "made" and layers == s.layers:  # through `run_states`: the output projection gets the queries
             adapted = self.lora is not None and "o_proj" in self.lora.targets
             last = norm + self._adapter_activations(n) + adapted * n * s.query_width * b + turned
+        if self.by_layer and of != "asked":  # one at a time; a layer's input is held anyway
+            return (last if layers == 1 else layer) - norm
         return (layers - 1) * layer + last - norm
 
     def _adapter_activations(self, n: int, only: tuple[str, ...] = ()) -> float:
@@ -319,8 +308,7 @@ class StreamStep:
             clips: held encoded at the same time (`train.accumulation`).
             moments: whether AdamW's two moments are held.
         """
-        s = self.shape
-        trained = 0 if self.lora is None else s.adapter_weights(self.lora.r, self.lora.targets)
+        trained = self.trained
         copied = sum(c.n * c.count for c in self.chunks if c.due != "none") if self.window else 0
         held = self.tokens * clips + copied
         # with offload of a chunk in use, one on its way in and, in the first pass, one on its way out
@@ -343,11 +331,12 @@ class StreamStep:
         """Bytes of the places where recorded chunks find their inputs and leave their results, which they share: for
         first passes the memory on its way in and out; for second passes the memory and its gradient, and on the way out
         that and `gradients` of the weights. Activations are counted as those of any chunk."""
+        inputs = max((self.layer_inputs(c) for c in self.chunks), default=0.0)
         given = max((self.snapshot(c.memory) for c in self.chunks), default=0.0)
         found = max((self.snapshot(c.kept) + self.left_behind(c) for c in self.chunks), default=0.0)
         if self.recomputes:
             memory = self.shape.layers * max((c.kept for c in self.chunks), default=0.0) * self.token_bytes
-            given, found = max(given, 2 * memory), max(found, memory + gradients)
+            given, found = max(given, 2 * memory + inputs), max(found, memory + gradients)
         return given + found
 
     def weights(self, parameters: int) -> float:
@@ -371,18 +360,22 @@ class StreamStep:
             turning = 40 * c.kept * s.key_width if evicts and self.spec.positions == "compact" else 0
             scores = scoring_bytes(self.spec, s, b, c.n, c.candidates, self.kernels)
             buffers = 12 * s.hidden * c.n + max((3 if self.short else 4) * s.mlp * b * c.n, scores, turning)
-            yield left + self.snapshot(c.memory), active, self.snapshot(c.kept) + buffers
+            yield left + self.snapshot(c.memory), active, self.snapshot(c.kept) + buffers + self.layer_inputs(c)
             if c.due == "none":
                 continue
             if self.recomputes:
                 made = self.activations(c, "made")
-                passed = 2 if evicts else 1 + 1 / s.layers  # gradients of the memory after the chunk, and before it
+                # gradients of the memory after the chunk, and that; layer by layer those of all candidates
+                passed = 2 if evicts else 1 + 1 / s.layers
+                if self.by_layer:
+                    passed = 1 + c.candidates / c.kept
                 if self.offloads:
                     left = max(left, IN_FLIGHT * self.left_behind(c))
                 else:
                     left += c.count * self.left_behind(c)
                 before = s.layers * c.candidates * self.token_bytes if self.undoes and c.memory else 0
-                yield left + before, made, kept * passed + turning + 12 * s.hidden * c.n
+                rest = turning + 12 * s.hidden * c.n + (4 * self.trained if self.by_layer else 0)
+                yield left + before, made, kept * passed + rest
             else:
                 active += c.count * self.activations(c)
                 yield 0.0, active, kept + 3 * s.mlp * b * c.n

@@ -82,6 +82,16 @@ def backward(step: StreamStep, chunk: Chunk, *, remembered: bool = True) -> Work
     )
 
 
+def unread(step: StreamStep, chunk: Chunk) -> Work:
+    """What a recomputation layer by layer leaves out: the last products of the layers' MLPs, where they are frozen."""
+    s, layers = step.shape, min(step.gradient_layers(chunk), step.shape.layers - 1)
+    if step.lora is not None and "down_proj" in step.lora.targets:
+        return Work()
+    return layers * Work(
+        matrix=2.0 * chunk.n * s.mlp * s.hidden, traffic=chunk.n * s.hidden * step.itemsize, launches=1
+    )
+
+
 def step_work(step: StreamStep) -> dict[str, Work]:
     """The phases of a step: "watching" (chunks without gradient), "forward", "recomputation" and "backward" of those
     with gradient and of the question, and the "teacher" of a distillation."""
@@ -91,9 +101,10 @@ def step_work(step: StreamStep) -> dict[str, Work]:
         if c.due == "none":
             continue
         if step.recomputes:
-            done["recomputation"] += c.count * forward(
-                step, c, step.gradient_layers(c), select=False, remembered=remembered
-            )
+            again = forward(step, c, step.gradient_layers(c), select=False, remembered=remembered)
+            if step.by_layer and remembered:
+                again += (-1) * unread(step, c)
+            done["recomputation"] += c.count * again
         done["backward"] += c.count * backward(step, c, remembered=remembered)
     head = Work(matrix=2.0 * step.answer * step.shape.hidden * step.shape.vocabulary, launches=10)
     for name in ("watching",) if step.gradient.kind == "none" else ("forward", "backward"):

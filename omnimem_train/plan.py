@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 
 from omnimem_train.budget_sampling import BudgetSampler, Draw
-from omnimem_train.costs import Footprint, StreamStep
+from omnimem_train.costs import StreamStep
 from omnimem_train.errors import UserError
+from omnimem_train.footprint import Footprint
 from omnimem_train.gpus import Gpu, phase_seconds, usable_gib
 from omnimem_train.models.checks import paired_window_s
 from omnimem_train.models.shape import ClipTokens, ModelShape, read_shape

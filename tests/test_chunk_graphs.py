@@ -281,17 +281,22 @@ def test_moved_weights_are_noticed() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    ("attention", "positions", "dropout"),
-    [("sdpa", "absolute", 0.0), ("split", "absolute", 0.0), ("sdpa", "compact", 0.0), ("split", "absolute", 0.2),
-     ("split", "compact", 0.2)],
+    ("attention", "positions", "dropout", "granularity"),
+    [("sdpa", "absolute", 0.0, "chunk"), ("split", "absolute", 0.0, "chunk"), ("sdpa", "compact", 0.0, "chunk"),
+     ("split", "absolute", 0.2, "chunk"), ("split", "compact", 0.2, "chunk"), ("split", "absolute", 0.0, "layer"),
+     ("sdpa", "compact", 0.0, "layer"), ("split", "absolute", 0.2, "layer")],
 )  # fmt: skip
-def test_on_a_gpu(nano_folder: Path, attention: str, positions: str, dropout: float) -> None:
+@pytest.mark.parametrize("offload", ["none", "host"])
+def test_on_a_gpu(
+    nano_folder: Path, attention: str, positions: str, dropout: float, granularity: str, offload: str
+) -> None:
     """Recorded launches of a stock decoder: same memories, losses and gradients, over steps with other weights."""
     from omnimem_train.models.loading import load_model
     from omnimem_train.models.lora import LoraSettings, add_lora, lora_parameters
 
     found = []
     for graphs in (False, True):
+        gradient = Gradient("all", granularity=granularity, offload=offload) if graphs else ALL
         torch.manual_seed(0)
         model = load_model(nano_folder, dtype="bfloat16", device="cuda", attention=attention, graphs=graphs)
         add_lora(model, LoraSettings(r=4, dropout=dropout))
@@ -305,7 +310,7 @@ def test_on_a_gpu(nano_folder: Path, attention: str, positions: str, dropout: fl
             media = toy_stream(640, dtype=torch.bfloat16)
             embeds = torch.randn(1, 640, model.hidden_size, generator=generator)
             media = TokenBlock(*[x.cuda() for x in (embeds.bfloat16(), media.positions, media.modality, media.time_s)])
-            stream = Stream(model, MemorySpec(budget=64, chunk_tokens=32, positions=positions), ALL, media.n)
+            stream = Stream(model, MemorySpec(budget=64, chunk_tokens=32, positions=positions), gradient, media.n)
             state = stream.flush(stream.feed(stream.start(), media))
             hidden = stream.ask(state, [media[:5]])
             loss = model.logits(hidden).float().log_softmax(-1)[..., 3].mean()
@@ -314,7 +319,7 @@ def test_on_a_gpu(nano_folder: Path, attention: str, positions: str, dropout: fl
             optimizer.step()
             optimizer.zero_grad()
         found.append(kept)
-        if graphs:
+        if graphs and not (dropout and granularity == "layer"):
             assert all(r._held and not r.shared.failed for r in chunk_graphs.recordings_of(model))
     for plain, recorded in zip(*found, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=0.02, atol=1e-3)

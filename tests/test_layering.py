@@ -17,7 +17,7 @@ LAYERS = [
     ["kernels"],
     ["models"],
     ["recipe", "records", "resampling", "rng", "runlock", "stats", "markup", "captured", "checksums", "clip_order"],
-    ["gradient", "surroundings"],
+    ["footprint", "gradient", "surroundings"],
     ["media_decode"],
     ["media_sound"],
     ["media_worker"],

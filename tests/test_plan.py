@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from omnimem_train.budget_sampling import Draw
 from omnimem_train.cli import main
@@ -29,7 +31,7 @@ from omnimem_train.models.loading import load_model
 from omnimem_train.models.lora import LoraSettings, add_lora, lora_parameters
 from omnimem_train.models.shape import PUBLISHED, DecoderShape, ModelShape, read_shape
 from omnimem_train.offload import HostMemory, Slabs
-from omnimem_train.operations import backward, forward, step_work
+from omnimem_train.operations import backward, forward, step_work, unread
 from omnimem_train.plan import request
 from omnimem_train.plan_advice import _enough, _offload, _with
 from omnimem_train.run_config import RunConfig
@@ -199,10 +201,12 @@ def tensors(state: StreamState) -> list[Tensor]:
 @pytest.mark.parametrize("budget", [BUDGET, None])
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
 @pytest.mark.parametrize("gradient", [Gradient("all"), Gradient("last", chunks=3), Gradient("stop_layer", layer=2)])
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
 def test_the_peak_is_that_of_a_step(
-    gradient: Gradient, positions: str, budget: int | None, adapted: StreamingModel
+    granularity: str, gradient: Gradient, positions: str, budget: int | None, adapted: StreamingModel
 ) -> None:
     """Weights, encoded stream and the masks of the CPU's attention apart."""
+    gradient = replace(gradient, granularity=granularity)
     spec = MemorySpec("sliding_window", budget=budget, chunk_tokens=CHUNK, positions=positions)
     block, question = made_up(adapted, 8 * CHUNK), made_up(adapted, 6)
     read, targets = torch.tensor([[0, 3], [0, 4]]), torch.tensor([1, 2])
@@ -264,18 +268,19 @@ def offloaded(
 
 @pytest.mark.parametrize("positions", ["absolute", "compact"])
 @pytest.mark.parametrize("kind", ["all", "last"])
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
 def test_offloaded_steps_are_planned(
-    kind: str, positions: str, adapted: StreamingModel, monkeypatch: pytest.MonkeyPatch
+    granularity: str, kind: str, positions: str, adapted: StreamingModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left on the device does not grow with the stream, and what is not is counted."""
     spec = MemorySpec("sliding_window", budget=BUDGET, chunk_tokens=CHUNK, positions=positions)
-    gradient = Gradient(kind, chunks=6, offload="host")
+    gradient = Gradient(kind, chunks=6, offload="host", granularity=granularity)
     peaks = []
     for chunks in (8, 24):
         peak, stored, step = offloaded(adapted, spec, gradient, chunks, monkeypatch)
         found = step.footprint(0, moments=False)
         # a record or two more than planned are there for a moment: much of so small a model, nothing of a real one
-        assert found.total - 29 * step.tokens - found.adapter / 2 == pytest.approx(peak, rel=0.13)
+        assert found.total - 29 * step.tokens - found.adapter / 2 == pytest.approx(peak, rel=0.15)
         assert step.host_bytes(clips=0) == pytest.approx(stored, rel=0.02)
         assert step.host_bytes() - stored == pytest.approx(step.tokens * step.embedding_bytes, rel=0.1)
         peaks.append(peak)
@@ -315,6 +320,37 @@ def test_operations_are_those_of_a_chunk(adapted: StreamingModel) -> None:
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
     planned_back = sum(backward(step, c).matrix for c in one_by_one(step))
     assert products(back) == pytest.approx(planned_back, rel=0.05)
+
+
+@pytest.mark.parametrize("gradient", [Gradient("all"), Gradient("last", chunks=2), Gradient("stop_layer", layer=1)])
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+def test_operations_are_those_of_a_backward_pass(granularity: str, gradient: Gradient, adapted: StreamingModel) -> None:
+    """Recomputation and the way back of all chunks, without the question."""
+    spec = MemorySpec("sliding_window", budget=BUDGET, chunk_tokens=CHUNK)
+    block, gradient = made_up(adapted, 4 * CHUNK), replace(gradient, granularity=granularity)
+    step, stream = planned(adapted, spec, block.n, gradient), Stream(adapted, spec, gradient, block.n)
+    state = stream.feed(stream.start(), block)
+    outputs = [t for m in state.layers for t in (m.keys, m.values) if t.requires_grad]
+    with Products() as back:
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    adapted.module.zero_grad(set_to_none=True)
+    due = [c for c in one_by_one(step) if c.due != "none"]
+    wanted = sum(forward(step, c, step.gradient_layers(c), select=False).matrix + backward(step, c).matrix for c in due)
+    wanted -= sum(unread(step, c).matrix for c in due) if granularity == "layer" else 0
+    assert back.operations == pytest.approx(wanted, rel=0.05)
+
+
+class Products(TorchDispatchMode):
+    """Operations of matrix products inside. (`FlopCounterMode` cannot be there when gradients are asked for inside a
+    backward pass.)"""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "mm" in str(func) and func.overloadpacket in flop_registry:
+            self.operations += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def products(counter: FlopCounterMode) -> int:

@@ -215,8 +215,9 @@ def lora(bench: Bench, name: str, gradient: Gradient, goal_s: float, goal_gib: f
 def extrapolated(bench: Bench, run: Callable[[Gradient], None], n_short: int, gradient: Gradient) -> float:
     """Seconds of a step on the whole stream, from steps on one of `n_short` chunks: all chunks cost one pass, those
     with gradient a second one and the way back."""
-    run(Gradient("last", chunks=1))
-    one_s, all_s = (bench.clock.once(lambda g=g: run(g)) for g in (Gradient("last", chunks=1), Gradient("all")))
+    one, all_of_them = (dataclasses.replace(gradient, kind=kind, chunks=1) for kind in ("last", "all"))
+    run(one)
+    one_s, all_s = (bench.clock.once(lambda g=g: run(g)) for g in (one, all_of_them))
     back_s = (all_s - one_s) / max(1, n_short - 1)
     n = bench.shape.tokens // bench.shape.chunk
     n_back = min(n, gradient.chunks) if gradient.kind == "last" else n
@@ -250,11 +251,12 @@ def lora_full(bench: Bench) -> None:
     bench.add("lora.full_context", found)
     # recordings would count as memory of the reference, so it runs in a process of its own: theirs are in the file
     for suffix in sorted({bench.suffix, ".graphs"}):
-        for name, unit, goal in (("lora.all", "x faster", 2.8), ("lora.all.peak", "x less", 2.5)):
-            ours = bench.results.value(name + suffix)
-            theirs = bench.results.value(name.replace("all", "full_context") + bench.suffix)
-            if ours and theirs:
-                bench.results.add(f"gain.{name}{suffix}", theirs / ours, unit, goal=goal, better="higher")
+        for name in ("lora.all", "lora.all_by_layer"):
+            for part, unit, goal in (("", "x faster", 2.8), (".peak", "x less", 2.5)):
+                ours = bench.results.value(f"{name}{part}{suffix}")
+                theirs = bench.results.value(f"lora.full_context{part}{bench.suffix}")
+                if ours and theirs:
+                    bench.results.add(f"gain.{name}{part}{suffix}", theirs / ours, unit, goal=goal, better="higher")
 
 
 def full_loss(model: StreamingModel, stream: EncodedStream) -> Tensor:
@@ -304,6 +306,9 @@ STREAM_CASES: dict[str, Callable[[Bench], None]] = {
 }
 LORA_CASES: dict[str, Callable[[Bench], None]] = {
     "lora_last8": lora_case("lora.last_8", Gradient("last", chunks=8), 6.0, 26.0),
+    "lora_last8_by_layer": lora_case(
+        "lora.last_8_by_layer", Gradient("last", chunks=8, granularity="layer"), 6.0, 26.0
+    ),
     "lora_all": lora_case("lora.all", Gradient("all"), 14.0, 32.0),
     "lora_full": lora_full,
 }

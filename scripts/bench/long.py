@@ -141,6 +141,21 @@ def lora_offload(bench: Bench) -> None:
     bench.add("share.offload", [100 * (1 - found["lora.on_device"] / found["lora.offload"])], "%")
 
 
+def lora_by_layer(bench: Bench) -> None:
+    """A step whose second passes go layer by layer, with all it stores in host memory."""
+    with_lora(bench)
+    gradient = Gradient("all", granularity="layer", offload="host")
+    stream = asked(bench, blocks_of(bench, bench.shape.tokens))
+    for _ in range(2):  # the first chunks, too, are recorded after these
+        step_on(bench, asked(bench, blocks_of(bench, fill(bench))), gradient)
+    whole = partial(step_on, bench, stream, gradient)
+    first = take(bench, whole)  # pins host memory, too
+    again = bench.clock.samples(whole, bench.reps, first.seconds)
+    bench.add("lora.all_by_layer", again, goal=14.0)
+    bench.add_peak("lora.all_by_layer", first.peak_gib, goal=32.0)
+    bench.add("lora.all_by_layer.pinned", [pinned_gib()], "GiB")
+
+
 def lora_1m(bench: Bench) -> None:
     """One step on a stream `LONGER` times as long, beside one on the stream."""
     with_lora(bench)
@@ -220,5 +235,6 @@ def pinned_gib() -> float:
 LONG_CASES: dict[str, Callable[[Bench], None]] = {
     "long_prefill": long_prefill,
     "lora_offload": lora_offload,
+    "lora_by_layer": lora_by_layer,
     "lora_1m": lora_1m,
 }
