@@ -23,6 +23,7 @@ from quantised import QUANTISED_CASES
 from recorded import RECORDED_CASES
 from selection import PROFILE_CASES, SELECTION_CASES
 from shape import SHAPES
+from timeline import TIMELINE_CASES
 
 HERE = Path(__file__).resolve().parent
 # Adapters stay on the model once they are on it, so the cases that need them come late. A profiler may go on slowing
@@ -39,6 +40,7 @@ CASES: dict[str, Callable[[Bench], None]] = (
     | LONG_CASES
     | ADAPTED_PROFILE_CASES
     | PROFILE_CASES
+    | TIMELINE_CASES
 )
 
 
