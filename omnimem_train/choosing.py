@@ -16,7 +16,7 @@ from omnimem_train.memory.allocation import Fixed
 from omnimem_train.memory.perturbation import own_gram
 from omnimem_train.memory.selector import Candidates, choose
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.memory.state import TEXT, LayerMemory
+from omnimem_train.memory.state import LayerMemory
 from omnimem_train.models.interface import StreamingModel
 
 
@@ -54,13 +54,10 @@ class Chooser:
         finally:
             self._grams = before
 
-    def count_text(self, memory: LayerMemory, chunk: Tensor) -> int:
-        """Text tokens among the candidates: a layer's memory and a chunk of modalities (B, n). Text is never dropped,
-        so it is the same number in every layer; asked once, the host waits for the device once a chunk and not once a
-        layer."""
-        if all(budget is None for budget in self.budgets):
-            return 0
-        return int((torch.cat([memory.modality[0, 0], chunk[0]]) == TEXT).sum())
+    @property
+    def counts_text(self) -> bool:
+        """Whether it matters how many candidates are text."""
+        return any(budget is not None for budget in self.budgets)
 
     @torch.no_grad()
     def choose(

@@ -6,12 +6,13 @@ device holds those of the chunks at hand alone. On a CPU there is nothing to mov
 
 Copies run in streams of their own, one for each direction: the way out starts when a chunk's first pass is done, the
 way back one chunk ahead of its use. A tensor that such a copy reads or writes is not used for anything else before the
-copy is done: on the device by `record_stream` and events, on the host by torch's allocator of pinned memory.
+copy is done: on the device by `record_stream` and events, on the host by torch's allocator of pinned memory. The host
+issues work no more than a few copies ahead, or what they hold would pile up on the device.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,9 @@ from omnimem_train.models.interface import TokenBlock
 SLAB_BYTES = 64 * 2**20
 ALIGNED = 64
 LARGE = 4 * 2**20
+"""Bytes from which on a tensor is copied by itself."""
+AHEAD = 4
+"""Copies of a kind that may be under way when the host goes on."""
 
 
 def host_memory(device: torch.device) -> HostMemory | None:
@@ -106,6 +110,7 @@ class HostMemory:
         self.slabs = Slabs(cuda)
         self._out = torch.cuda.Stream(device) if cuda else None
         self._back = torch.cuda.Stream(device) if cuda else None
+        self._ahead = {"out": deque[Any](), "back": deque[Any]()}
 
     def park(self, tensors: Sequence[Tensor | None]) -> Parked:
         """Begin to copy `tensors` out, as far as the current stream has computed them. They may be let go of at
@@ -123,6 +128,7 @@ class HostMemory:
         with self._in(self._out):
             copies = [self._written(flat) for flat in flats]
             done = None if self._out is None else self._out.record_event()
+        self._pace("out", done)
         joined = [
             _Joined(flat.dtype, where, [lengths[i] for i in where], pieces)
             for flat, where, pieces in zip(flats, places.values(), copies, strict=True)
@@ -143,6 +149,7 @@ class HostMemory:
         """Begin to copy back what was parked when the event `after` is done. Returns a tensor (n,) for each of
         `joined`, and the event at which they are there."""
         found = []
+        self._pace("back", None if self._back is None else torch.cuda.current_stream(self.device).record_event())
         with self._in(self._back):
             if self._back is not None:
                 self._back.wait_event(after)
@@ -154,6 +161,13 @@ class HostMemory:
                     start += piece.numel()
                 found.append(flat)
             return found, None if self._back is None else self._back.record_event()
+
+    def _pace(self, way: str, event: Any) -> None:
+        """Wait until all but the `AHEAD` newest events of that way have come."""
+        if event is not None:
+            self._ahead[way].append(event)
+            while len(self._ahead[way]) > AHEAD:
+                self._ahead[way].popleft().synchronize()
 
     def arrived(self, tensors: Iterable[Tensor], event: Any) -> None:
         """Let the current stream use `tensors`, which a copy back writes until `event`."""

@@ -19,7 +19,7 @@ from omnimem_train.errors import UserError
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import LayerMemory
 from omnimem_train.models.interface import MediaInfo, MediaWindow, StreamingModel, TokenBlock, Turn, weight_sample
-from omnimem_train.streaming import Stream, StreamState
+from omnimem_train.streaming import Stream, StreamState, count_text
 
 FORMAT = 1
 
@@ -256,4 +256,6 @@ def _state(tensors: dict[str, Tensor], about: dict[str, Any], model: StreamingMo
     if not isinstance(about["n_run"], int) or not isinstance(about["n_chunks"], int):
         raise ValueError("the numbers of tokens and chunks are no whole numbers")
     offset, horizon = tensors["offset"].to(model.device), tensors["horizon"].to(model.device)
-    return StreamState(tuple(layers), pending, about["n_run"], about["n_chunks"], offset, horizon)
+    n_text = count_text(layers[0].modality[0, 0])
+    n_run, n_chunks = about["n_run"], about["n_chunks"]
+    return StreamState(tuple(layers), pending, n_run, n_chunks, offset, horizon, n_text=n_text, pending_text=None)

@@ -9,7 +9,7 @@ Shape legend: see `omnimem_train.memory.state`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from omnimem_train.gradient import Gradient
 from omnimem_train.layerwise import gradients_by_layer
 from omnimem_train.memory import positions as rotary_positions
 from omnimem_train.memory.spec import MemorySpec
-from omnimem_train.memory.state import LayerMemory
+from omnimem_train.memory.state import TEXT, LayerMemory
 from omnimem_train.models.interface import MediaEncoder, MediaWindow, StreamingModel, Tap, TokenBlock
 from omnimem_train.offload import host_memory
 from omnimem_train.recompute import recomputed
@@ -47,6 +47,8 @@ class StreamState:
         n_chunks: chunks run so far.
         offset: (B,) int64 added to temporal positions of later tokens (0 with absolute positions).
         horizon: (B,) int64, the largest temporal position run so far, offset included; -1 before any.
+        n_text: text tokens run so far. Text is never dropped, so every layer remembers them all.
+        pending_text: text tokens among `pending`; None where the device has to be asked.
         retention: scalar, the sum of the retention losses of all choices so far, and their number; None without any.
         past: `layers` for the backward pass; None if no chunk is recomputed there so far.
     """
@@ -58,6 +60,8 @@ class StreamState:
     offset: Tensor
     horizon: Tensor
     past: Snapshot | None = None
+    n_text: int = 0
+    pending_text: int | None = 0
     retention: tuple[Tensor, int] | None = None
 
 
@@ -135,21 +139,35 @@ class Stream:
         return self.feed_all(state, [block])
 
     def feed_all(self, state: StreamState, blocks: Iterable[TokenBlock]) -> StreamState:
-        """`feed` for each block."""
-        size = self.spec.chunk_tokens
-        parts = TokenBlock.cut(blocks, size, 0 if state.pending is None else state.pending.n)
+        """`feed` for each block. Of blocks that are all there, text is counted at once: the host then does not wait for
+        the device in between."""
+        size, before = self.spec.chunk_tokens, 0 if state.pending is None else state.pending.n
+        text = None
+        if isinstance(blocks, Sequence) and self.chooser.counts_text and before + sum(b.n for b in blocks) >= size:
+            text = torch.cat([b.modality[0] == TEXT for b in blocks]).cpu()
+        parts, start = TokenBlock.cut(blocks, size, before), 0
         for part in parts if self._host is None else self._host.ahead(parts):
-            pending = part if state.pending is None else TokenBlock.cat([state.pending, part])
-            state = replace(state, pending=pending)
+            told = None if text is None else int(text[start : start + part.n].sum())
+            start += part.n
+            pending, n_text = part, told
+            if state.pending is not None:
+                pending = TokenBlock.cat([state.pending, part])
+                n_text = None if told is None or state.pending_text is None else state.pending_text + told
+            state = replace(state, pending=pending, pending_text=n_text)
             if pending.n == size:
                 state = self.flush(state)
         return state
 
     def flush(self, state: StreamState) -> StreamState:
         """Run what is pending as a shorter chunk and compress."""
-        if state.pending is None:
+        chunk, n_text = state.pending, state.pending_text
+        if chunk is None:
             return state
-        return self._run_chunk(replace(state, pending=None), state.pending)
+        if not self.chooser.counts_text:
+            n_text = 0
+        elif n_text is None:
+            n_text = count_text(chunk.modality[0])
+        return self._run_chunk(replace(state, pending=None, pending_text=0, n_text=state.n_text + n_text), chunk)
 
     def caught_up(self, state: StreamState, waiting: TokenBlock | None = None) -> StreamState:
         """`state` with everything run that was seen so far: pending tokens, and those an encoder holds back
@@ -212,8 +230,7 @@ class Stream:
         first, past = FirstPass(chunk.embeds, dict(chunk.extras)), None
         # a second pass holds on to what follows, so that is little: no memories, no embeddings, nothing derived
         marks = replace(chunk, embeds=chunk.embeds.new_empty(*chunk.embeds.shape[:2], 0), extras={})
-        n_text = self.chooser.count_text(state.layers[0], chunk.modality)
-        inputs = partial(self._inputs, marks, state.offset, state.n_run, state.n_chunks, n_text)
+        inputs = partial(self._inputs, marks, state.offset, state.n_run, state.n_chunks, state.n_text)
 
         def run(layers: Layers, embeds: Tensor) -> Result:
             given = inputs()
@@ -256,7 +273,7 @@ class Stream:
             before_it, n_before = retention or (torch.zeros_like(lost), 0)
             retention = before_it + lost, n_before + n_choices
         n_run, n_chunks = state.n_run + chunk.n, state.n_chunks + 1
-        return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, retention)
+        return StreamState(layers, None, n_run, n_chunks, offset, horizon, past, state.n_text, 0, retention)
 
     def _inputs(self, chunk: TokenBlock, offset: Tensor, n_run: int, number: int, n_text: int) -> ChunkInputs:
         """What a pass over chunk `number` reads beside memories, embeddings and extras."""
@@ -331,6 +348,11 @@ def encode(encoder: MediaEncoder, windows: Iterable[MediaWindow]) -> Iterator[To
     block = encoder.finish()
     if block is not None and block.n:
         yield block
+
+
+def count_text(modality: Tensor) -> int:
+    """Text tokens among (n,) modalities; waits for the device."""
+    return int((modality == TEXT).sum())
 
 
 def _separate(lengths: list[int], device: torch.device) -> Tensor:
