@@ -125,10 +125,11 @@ def _copy_given(targets: Sequence[Tensor | None], sources: Sequence[Tensor | Non
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors into others of the same shapes, in few launches."""
-    by_kind: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    """Copy tensors into others of the same shapes, in few launches: one for all of a precision that are laid out as
+    their targets are, and one for each other."""
+    by_kind: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        pair = by_kind.setdefault(target.dtype, ([], []))
+        pair = by_kind.setdefault((target.dtype, source.dtype, target.stride() == source.stride()), ([], []))
         pair[0].append(target)
         pair[1].append(source.detach())
     for into, of in by_kind.values():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,8 @@ class ChunkPass:
             out = self.model.run_layer(layer, hidden, chunk.rope, tap, first.extras)
         else:  # nothing of a stream's tokens is read after their last keys and values
             self.model.run_states(layer, hidden, chunk.rope, tap, first.extras)
+        if unread and first.notes and self.attended is None:
+            return out, _unread(memory, tap, first.rows[layer]), None
         tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
         if first_pass:
             assert tap.queries is not None
@@ -140,6 +143,31 @@ class ChunkPass:
         if self.spec.positions == "compact":
             kept = rotary_positions.compact(kept, self.model.rotary(), self.spec.max_gap)
         return kept
+
+
+def _unread(memory: LayerMemory, tap: Tap, rows: Tensor | None) -> LayerMemory:
+    """The graph of what is kept, from memory and new tokens, without its numbers."""
+    assert tap.keys is not None and tap.values is not None
+    rows = None if rows is None else rows.long()
+    pairs = (memory.keys, tap.keys), (memory.values, tap.values)
+    return LayerMemory.bare(*(_Kept.apply(old, new, rows) for old, new in pairs))
+
+
+class _Kept(torch.autograd.Function):
+    """Rows (B, G, K) of memory (B, G, M, D) and new tokens (B, G, n, D); all without rows. No number is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, new: Tensor, rows: Tensor | None) -> Tensor:
+        ctx.rows, ctx.n_before, ctx.n = rows, old.shape[2], old.shape[2] + new.shape[2]
+        return new.new_empty(*new.shape[:2], ctx.n if rows is None else rows.shape[2], new.shape[3])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        if ctx.rows is not None:
+            index = ctx.rows[..., None].expand_as(grad)
+            grad = grad.new_zeros(*grad.shape[:2], ctx.n, grad.shape[3]).scatter_(2, index, grad)
+        return grad[:, :, : ctx.n_before], grad[:, :, ctx.n_before :], None
 
 
 def _new(tap: Tap, chunk: ChunkInputs, layer_input: Tensor | None, bare: bool) -> LayerMemory:

@@ -5,6 +5,8 @@ those of the first few of the next stream. A first pass, and in training a secon
 replay each (`omnimem_train.captured`). What is recorded is `ChunkPass` itself, so results are of the same kernels.
 
 Dropout draws in a replay what it would draw launch by launch: a replay starts where the device's generator stands.
+Adapters in float32 beside a model in half precision are rounded to it once a stream; launch by launch each product
+rounds them, to the same numbers.
 
 Not recorded, and run as usual: learning with a retention loss, selectors that wait for the host or read the output
 projection itself, dropout where a second pass goes layer by layer; in the second pass also remembered layer inputs,
@@ -13,6 +15,7 @@ extras, and a gradient of embeddings.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -21,16 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnimem_train.captured import Recordings, Tensors, shapes
+from omnimem_train.captured import Recordings, Tensors, copy_all, shapes
 from omnimem_train.chunk import ChunkInputs, ChunkPass, Result
 from omnimem_train.layerwise import gradients_by_layer
 from omnimem_train.memory.state import LayerMemory
+from omnimem_train.models.fused import rounded_weights
 from omnimem_train.models.interface import StreamingModel
 from omnimem_train.recompute import gradients_of
 from omnimem_train.snapshots import FirstPass, Layers, Undo
 from omnimem_train.surroundings import dropouts
 
 FIELDS = len(fields(LayerMemory))
+STANDS = 4  # of a model with other weights or adapters at work, of which rounded copies are held
 
 
 class ChunkGraphs:
@@ -52,7 +57,9 @@ class ChunkGraphs:
             and not ("output_weight" in selector.needs and "output_gram" not in selector.needs)
             and not passes.spec.unlimited
         )
-        self._setting = (passes.spec.fingerprint(), _manner(model), self._stands)
+        self._rounded = rounded_of(model, self._stands) if self._can else {}
+        places = tuple(copy.data_ptr() for _, copy in self._rounded.values())
+        self._setting = (passes.spec.fingerprint(), _manner(model), self._stands, places)
 
     # First pass ------------------------------------------------------------------------------------------------------
 
@@ -64,7 +71,12 @@ class ChunkGraphs:
         key = (self._setting, chunk.n_text, first.notes, first.keep_inputs, tuple(first.extras), shapes(given))
         n_before = [memory.n_tokens for memory in layers]
         shape = Shape(chunk, tuple(first.extras), n_before, len(self._grams()), first.notes, first.keep_inputs)
-        recorded = self.first.get(key, lambda inputs: shape.first(self.passes, inputs), given)
+
+        def function(inputs: Tensors) -> Tensors:
+            with own_leaves(self.passes.model.module, [w for w, _ in self._rounded.values()], self._rounded):
+                return shape.first(self.passes, inputs)
+
+        recorded = self.first.get(key, function, given)
         return None if recorded is None else shape.result(recorded(given), first)
 
     # Second pass -----------------------------------------------------------------------------------------------------
@@ -98,11 +110,13 @@ class ChunkGraphs:
             noted.keep_inputs, noted.inputs = first.keep_inputs, [_given(next(held)) for _ in first.inputs]
             before = tuple(_leaves(held, bare=notes) for _ in range(n_layers))
             data = [t for m in before for t in (m.keys, m.values)]
-            with torch.enable_grad(), own_leaves(self.passes.model.module, weights) as leaves:
+            with torch.enable_grad(), own_leaves(self.passes.model.module, weights, self._rounded) as leaves:
                 if noted.keep_inputs:
-                    return gradients_by_layer(self.passes, before, again, known, noted, leaves, list(held), due)
-                kept, more = self.passes.run(before, again, known, noted, stop_layer)
-                return gradients_of(kept, more, [again, *data, *leaves], list(held), due)
+                    found = gradients_by_layer(self.passes, before, again, known, noted, leaves, list(held), due)
+                else:
+                    kept, more = self.passes.run(before, again, known, noted, stop_layer)
+                    found = gradients_of(kept, more, [again, *data, *leaves], list(held), due)
+            return as_precise(found, [again, *data, *weights])
 
         recorded = self.second.get(key, function, given)
         if recorded is None:
@@ -168,14 +182,29 @@ class Shape:
         return tuple(LayerMemory.from_tensors([next(held) for _ in range(FIELDS)]) for _ in self.n_before)
 
 
+Rounded = dict[int, tuple[nn.Parameter, Tensor]]
+"""Adapter weights and their copies in the model's precision, by `id` of the weight."""
+
+
+def as_precise(found: Tensors, like: Sequence[Tensor]) -> Tensors:
+    """`found` in the precision of `like`, item by item."""
+    rough = [i for i, x in enumerate(found) if x is not None and x.dtype != like[i].dtype]
+    exact = list(found)
+    for i in rough:
+        exact[i] = torch.empty_like(like[i])
+    copy_all([_given(exact[i]) for i in rough], [_given(found[i]) for i in rough])
+    return exact
+
+
 @contextmanager
-def own_leaves(module: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[nn.Parameter]]:
-    """Inside, the parameters `weights` of `module` are others that share their memory.
+def own_leaves(module: nn.Module, weights: Sequence[Tensor], rounded: Rounded) -> Iterator[list[nn.Parameter]]:
+    """Inside, the parameters `weights` of `module` are others that share their memory, or that of their copies in
+    `rounded`.
 
     A parameter in a graph is tied to the stream on which that graph was made. A recording has a stream of its own, and
     must not wait for another.
     """
-    new = {id(w): nn.Parameter(w.detach()) for w in weights}
+    new = {id(w): nn.Parameter(rounded[id(w)][1] if id(w) in rounded else w.detach()) for w in weights}
     owners = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None and id(p) in new]
     try:
         for owner, name, parameter in owners:
@@ -221,6 +250,21 @@ def recordings_of(model: StreamingModel) -> tuple[Recordings, Recordings]:
         vars(model)["_recordings"] = first, Recordings(shared=first.shared)
     held: tuple[Recordings, Recordings] = vars(model)["_recordings"]
     return held
+
+
+def rounded_of(model: StreamingModel, stands: Hashable) -> Rounded:
+    """The adapters as they are now, rounded, in memory that stays where it is as long as the weights `stand` and no
+    more than a few others came between."""
+    known: OrderedDict[Hashable, Rounded] = vars(model).setdefault("_rounded", OrderedDict())
+    if stands not in known:
+        weights = rounded_weights(model.module, model.dtype)
+        known[stands] = {id(w): (w, torch.empty_like(w.detach(), dtype=model.dtype)) for w in weights}
+    known.move_to_end(stands)
+    while len(known) > STANDS:
+        known.popitem(last=False)
+    pairs = list(known[stands].values())
+    copy_all([copy for _, copy in pairs], [weight for weight, _ in pairs])
+    return known[stands]
 
 
 def _manner(model: StreamingModel) -> Hashable:

@@ -61,21 +61,23 @@ def attend(
         raise ValueError(f"attention {NAME!r} takes no dense mask, it was given one of shape {attention_mask.shape}")
     if dropout:
         raise ValueError(f"attention {NAME!r} has no dropout, it was asked for {dropout}")
-    mask = None
+    mask, parted = None, False
     if tap is not None:
         tap.queries, tap.keys, tap.values = query, key, value
-        if tap.memory is not None and tap.memory.n_tokens > 0:
-            key = torch.cat([tap.memory.keys, key], dim=2)
-            value = torch.cat([tap.memory.values, value], dim=2)
-        tap.joined = key, value
+        past = tap.memory if tap.memory is not None and tap.memory.n_tokens > 0 else None
+        parted = kernel == "split" and tap.mask is None and past is not None and takes(query, past.n_tokens)
+        if past is not None and not (tap.unread and (parted or tap.states_only)):
+            key, value = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
+        if past is None or key is not tap.keys:
+            tap.joined = key, value
         if tap.states_only:
             return query.transpose(1, 2).contiguous(), None  # of the right shape, and read by nobody
         if tap.mask is not None:
             n_memory = key.shape[2] - query.shape[2]
             mask = torch.nn.functional.pad(tap.mask, (n_memory, 0), value=True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if kernel == "split" and tap is not None and mask is None and takes(query, key.shape[2] - query.shape[2]):
-        assert tap.memory is not None and tap.keys is not None and tap.values is not None
+    if parted:
+        assert tap is not None and tap.memory is not None and tap.keys is not None and tap.values is not None
         memory = tap.memory.keys, tap.memory.values
         out = attend_split(query, memory, (tap.keys, tap.values), scale)
     else:

@@ -110,6 +110,18 @@ def adapted(module: Any, stock: Callable[..., Tensor], x: Tensor, *rest: Any, **
     return out.view(base.shape)
 
 
+def rounded_weights(module: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Adapter weights of a model in `dtype` that `adapted` rounds to it for each product."""
+    found = []
+    for layer in module.modules():
+        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer") and dtype in HALF:
+            names = [name for name in layer.active_adapters if name in layer.lora_A]  # type: ignore[union-attr, operator]
+            if len(names) == 1 and at_work(layer, names[0]):
+                pair = (layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight)  # type: ignore[index, union-attr]
+                found += [w for w in pair if w.dtype != dtype]
+    return found
+
+
 def at_work(module: Any, name: str) -> bool:
     """Whether an adapter is B A x and nothing else, and switched on."""
     if module.disable_adapters or module.merged or name in getattr(module, "lora_variant", {}):

@@ -157,7 +157,8 @@ class Tap:
         memory: what the layer remembers, or None for nothing; every new token sees all of it.
         mask: (N, N) bool, which new tokens see which; None for causal.
         states_only: True where nothing reads the attention's result: the call sets the rest and computes none.
-        unread: True where of the layer's output only the graph is wanted: its numbers may be others.
+        unread: True where of the layer's output only the graph is wanted: its numbers may be others, and `joined` is
+            left out where the attention call does without.
         queries, keys, values: set by the attention call: (B, H, n, D), (B, G, n, D), (B, G, n, D), rotated.
         joined: keys and values of memory and new tokens, (B, G, S, D) each, if the attention call puts them together.
     """

@@ -18,7 +18,7 @@ from omnimem_train.models.quantised import is_packed, unpacked
 
 @contextmanager
 def without_result(linear: nn.Module) -> Iterator[None]:
-    """Inside, `linear` gives zeros, whose gradient goes where that of the product would.
+    """Inside, `linear` gives numbers without meaning, whose gradient goes where that of the product would.
 
     Only a frozen linear map, packed or not, is left out; one that is trained or has an adapter needs its input for the
     gradient of that, and runs as usual.
@@ -44,8 +44,7 @@ class _NoResult(torch.autograd.Function):
         ctx.linear = linear
         kind = x.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        zero = x.new_zeros((), dtype=cast)
-        return zero.expand(*x.shape[:-1], int(ctx.linear.out_features))
+        return x.new_empty(*x.shape[:-1], int(ctx.linear.out_features), dtype=cast)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
