@@ -151,7 +151,8 @@ def lora_by_layer(bench: Bench) -> None:
     whole = partial(step_on, bench, stream, gradient)
     first = take(bench, whole)  # pins host memory, too
     again = bench.clock.samples(whole, bench.reps, first.seconds)
-    bench.add("lora.all_by_layer", again, goal=14.0)
+    told = ", ".join(f"{s:.2f}" for s in (first.seconds, *again))
+    bench.add("lora.all_by_layer", again, goal=14.0, note=f"one after the other, after one that pins: {told}")
     bench.add_peak("lora.all_by_layer", first.peak_gib, goal=32.0)
     bench.add("lora.all_by_layer.pinned", [pinned_gib()], "GiB")
 
