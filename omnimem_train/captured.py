@@ -66,6 +66,14 @@ class Shared:
     inputs: Slots = field(default_factory=Slots)
     outputs: Slots = field(default_factory=Slots)
     _pool: Any = None
+    _stream: Any = None
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """On which is recorded."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
 
     @property
     def pool(self) -> Any:
@@ -97,9 +105,15 @@ class Captured:
             _copy_given(self._inputs, inputs)
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            # other threads decode and encode meanwhile: what they do is no part of this
-            with torch.cuda.graph(self._graph, pool=self._shared.pool, capture_error_mode="thread_local"):
-                self._run()
+            # torch.cuda.graph would also give back all pinned host memory that waits to be used again
+            torch.cuda.empty_cache()
+            with torch.cuda.stream(self._shared.stream):
+                # other threads decode and encode meanwhile: what they do is no part of this
+                self._graph.capture_begin(self._shared.pool, capture_error_mode="thread_local")
+                try:
+                    self._run()
+                finally:
+                    self._graph.capture_end()
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Tensors:
         """The function's results for `inputs`, as tensors of their own."""

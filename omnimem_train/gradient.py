@@ -20,10 +20,10 @@ class Gradient:
         checkpointing: recompute each chunk in the backward pass instead of storing its activations, see
             `omnimem_train.recompute`; what is stored then is the memory between chunks, see `omnimem_train.snapshots`.
             The recomputation reuses the selection of the first pass. The backward pass can be run once.
-        granularity: of the recomputation. "chunk": a chunk is run anew as a whole and then differentiated, so the
-            activations of all layers are there at once. "layer": the input of every layer is stored as well (200 KB a
-            token of the 7B model in bfloat16), and each layer in turn, from the last to the first, is run anew and
-            differentiated, without the MLP's last product, whose result nobody needs then. Less time and fewer
+        granularity: of that recomputation, if there is one. "chunk": a chunk is run anew as a whole and then
+            differentiated, so the activations of all layers are there at once. "layer": the input of every layer is
+            stored as well (200 KB a token of the 7B model in bfloat16), and each layer in turn, from the last to the
+            first, is run anew and differentiated, without the MLP's last product, whose result nobody needs then. Less time and fewer
             activations for more that is stored; gradients are the same. See `omnimem_train.layerwise`.
         offload: "none", or "host": what is stored for the recomputation and the embeddings of the stream wait in pinned
             host memory, see `omnimem_train.offload`. Device memory then does not grow with the stream, host memory does
@@ -48,12 +48,6 @@ class Gradient:
             raise UserError(f"gradient stop layer {self.layer} is negative")
         if self.granularity not in ("chunk", "layer"):
             raise UserError(f"unknown gradient granularity {self.granularity!r}", remedy="choose one of: chunk, layer")
-        if self.granularity == "layer" and not self.checkpointing:
-            raise UserError(
-                "gradient.granularity=layer without gradient.checkpointing",
-                cause="nothing is recomputed then, neither by chunk nor by layer",
-                remedy="set gradient.checkpointing=true, or gradient.granularity=chunk",
-            )
         if self.offload not in ("none", "host"):
             raise UserError(f"unknown gradient offload {self.offload!r}", remedy="choose one of: none, host")
         if self.offload == "host" and not self.checkpointing:

@@ -122,6 +122,14 @@ def _offload(asked: Request) -> Iterator[Settings]:
         yield {"gradient__offload": "host"}
 
 
+def _by_layer(asked: Request) -> Iterator[Settings]:
+    gradient = asked.config.gradient
+    if gradient.checkpointing and gradient.granularity == "chunk":
+        yield {"gradient__granularity": "layer"}
+        if gradient.offload == "none":
+            yield {"gradient__granularity": "layer", "gradient__offload": "host"}
+
+
 def _full_steps(asked: Request) -> Iterator[Settings]:
     if 0 < asked.config.budgets.full_share < 1:
         yield {"budgets__full_share": 0.0}
@@ -194,6 +202,7 @@ KNOBS = (
     _precision,
     _recomputation,
     _offload,
+    _by_layer,
     _full_steps,
     _clips_held,
     _four_bits,

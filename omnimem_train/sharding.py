@@ -3,7 +3,8 @@
 Streams of unequal length run unequal numbers of passes over the layers, and a collective that one process enters and
 another does not is a hang. So the collectives do not hang on modules or on autograd: they follow a `Rota`. A step has
 two phases. In the first every pass visits layers 0, 1, ..., L - 1 (chunks, questions, the teacher); in the second every
-pass visits them up and down again (a chunk is run anew, then differentiated, see `omnimem_train.recompute`). Before a
+pass visits them up and down again (a chunk is run anew, then differentiated, see `omnimem_train.recompute`; one that
+goes layer by layer does both on the way down, and takes part in the way up because others may need it). Before a
 pass a process announces it, in one all-reduce of one number; a process that has nothing left to run announces that, and
 as long as any other has something it takes part in the gathering of an empty pass. Nothing about the passes has to be
 known in advance: what ends a phase is that nobody announces anything.
@@ -59,6 +60,7 @@ class Rota:
         self._cycle: list[int] = []  # layers in the order a pass of this phase visits them; empty outside of a step
         self._next = 0  # place in it
         self._held: int | None = None
+        self._both: int | None = None  # layer that was gathered for its second run and its way back at once
 
     # Phases ----------------------------------------------------------------------------------------------------------
 
@@ -107,10 +109,19 @@ class Rota:
 
     def before(self, layer: int) -> None:
         """Gather `layer`; it is about to run."""
+        self._both = None
         self._go_to(layer)
+
+    def before_both(self, layer: int) -> None:
+        """Gather `layer`; it is about to run and then to be differentiated, before any other layer is."""
+        self.before_backward(layer)
+        self._both = layer
 
     def before_backward(self, layer: int) -> None:
         """Gather `layer`; it is about to be differentiated."""
+        both, self._both = self._both, None
+        if both == layer:
+            return
         if len(self._cycle) != 2 * len(self.shards):
             raise RuntimeError("a sharded layer is differentiated outside of the backward pass of a step")
         self._go_to(2 * len(self.shards) - 1 - layer)

@@ -102,12 +102,6 @@ class Stream:
             kernels.install()
         if self.gradient.kind in ("last", "stop_layer") and total_tokens < 1:
             raise ValueError("this gradient kind needs total_tokens")
-        if self.gradient.granularity == "layer" and model.gathering is not None:
-            raise UserError(
-                "gradient.granularity=layer with weights that are spread over processes",
-                cause="processes take turns at the layers in the order of whole chunks",
-                remedy="set gradient.granularity=chunk, or train under DDP or ZeRO-2",
-            )
         if self.gradient.kind == "stop_layer" and self.gradient.layer >= model.n_layers:
             raise UserError(f"gradient stop layer {self.gradient.layer} of a model with {model.n_layers} layers")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import ToyModel, toy_stream
 
 from omnimem_train.errors import UserError
 from omnimem_train.gradient import Gradient
@@ -167,14 +166,6 @@ def test_a_map_without_result() -> None:
         torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))  # is trained
 
 
-def test_not_with_spread_weights() -> None:
-    model = ToyModel()
-    model.gathering = object()  # type: ignore[assignment]
-    with pytest.raises(UserError, match="spread over processes"):
-        Stream(model, SPEC, Gradient("all", granularity="layer"), toy_stream(9).n)
-
-
-@pytest.mark.parametrize("given", [{"granularity": "block"}, {"granularity": "layer", "checkpointing": False}])
-def test_settings_that_cannot_be(given: dict[str, object]) -> None:
+def test_a_granularity_that_is_none() -> None:
     with pytest.raises(UserError, match="granularity"):
-        Gradient("all", **given)  # type: ignore[arg-type]
+        Gradient("all", granularity="block")

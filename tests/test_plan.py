@@ -415,7 +415,8 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_several_settings_together_where_none_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(ROOT / SEVEN), "gradient.kind=all", "--gpu", "RTX-4090", "--seconds", "1200"]
+    arguments = [str(ROOT / SEVEN), "gradient.kind=all", "gradient.granularity=chunk"]
+    arguments += ["--gpu", "RTX-4090", "--seconds", "1200"]
     code, found = plan(capsys, *arguments)
     assert code == 1
     *alone, together = found["remedies"]
@@ -474,7 +475,7 @@ def test_packed_weights_are_counted_right(nano_folder: Path) -> None:
 def test_host_memory_in_place_of_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     """Forty minutes with gradient through all chunks: too much, and the first thing to change costs no result."""
     arguments = [str(ROOT / SEVEN), "gradient.kind=all", "memory.positions=absolute", "budgets.full_share=0"]
-    arguments += ["budgets.high=6144", "--gpu", "A100-40GB", "--seconds", "2400"]
+    arguments += ["budgets.high=6144", "gradient.granularity=chunk", "--gpu", "A100-40GB", "--seconds", "2400"]
     code, found = plan(capsys, *arguments)
     assert code == 1 and found["largest_step"]["host_gib"] == 0
     first = found["remedies"][0]

@@ -173,6 +173,32 @@ def test_checkpointed_gradients_equal_plain_ones(granularity: str, gradient: Gra
     torch.testing.assert_close(media, plain_media, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("given", ["at once", "one by one", "in crumbs", "as an iterator"])
+def test_text_is_counted_wherever_it_comes(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text in the middle of a stream is pinned; of blocks that are all there it is counted at once, and the device is
+    not asked again."""
+    asked: list[int] = []
+    monkeypatch.setattr("omnimem_train.streaming.count_text", lambda m: asked.append(1) or int((m == TEXT).sum()))
+    media = toy_stream(61)
+    modality = media.modality.clone()
+    modality[:, [11, 12, 29, 60]] = TEXT
+    media = replace(media, modality=modality)
+    size = 3 if given == "in crumbs" else 9
+    stream, blocks = Stream(ToyModel(), BUDGETED), [media[i : i + size] for i in range(0, 61, size)]
+    state = stream.start()
+    if given in ("one by one", "in crumbs"):
+        for block in blocks:
+            state = stream.feed(state, block)
+    else:
+        state = stream.feed_all(state, blocks if given == "at once" else iter(blocks))
+    state = stream.flush(state)
+    n_text = int((modality == TEXT).sum())
+    assert state.n_text == n_text
+    assert all(int((m.modality[0, 0] == TEXT).sum()) == n_text for m in state.layers)
+    assert [m.n_tokens for m in state.layers] == [BUDGETED.budget + n_text] * 3
+    assert len(asked) == {"at once": 0, "one by one": 0, "in crumbs": 9, "as an iterator": 9}[given]
+
+
 def test_recomputation_reuses_the_first_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     choose = Chooser.choose

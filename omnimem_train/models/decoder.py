@@ -103,8 +103,7 @@ class StockDecoder:
                 cause="it silently drops caches; streams checkpoint whole chunks instead",
                 remedy="call gradient_checkpointing_disable() on the model",
             )
-        if self.gathering is not None:
-            self.gathering.before(layer)
+        self._gather(layer, tap)
         with without_result(block.mlp.down_proj) if tap.unread else nullcontext():
             out = block(hidden, **self._of_attention(rope, tap))
         out = out[0] if isinstance(out, tuple) else out
@@ -118,11 +117,14 @@ class StockDecoder:
     ) -> None:
         """Norm and projections of a layer; neither its attention nor its MLP is computed."""
         block, tap.states_only = self._text.layers[layer], True
-        if self.gathering is not None:
-            self.gathering.before(layer)
+        self._gather(layer, tap)
         out, _ = block.self_attn(hidden_states=block.input_layernorm(hidden), **self._of_attention(rope, tap))
         if self.gathering is not None:
             self.gathering.after(layer, out, tap)
+
+    def _gather(self, layer: int, tap: Tap) -> None:
+        if self.gathering is not None:
+            (self.gathering.before_both if tap.unread else self.gathering.before)(layer)
 
     def _of_attention(self, rope: tuple[Tensor, Tensor], tap: Tap) -> dict[str, Any]:
         """What layers hand through to the attention call."""

@@ -179,6 +179,9 @@ class Gathering(Protocol):
     def before(self, layer: int) -> None:
         """Called before a layer runs."""
 
+    def before_both(self, layer: int) -> None:
+        """Called instead where the layer runs to be differentiated right after, before any other runs."""
+
     def after(self, layer: int, out: Tensor, tap: Tap) -> Tensor:
         """Called with what leaves a layer; returns what takes the place of `out`. The layer's weights are whole until
         the next layer runs."""

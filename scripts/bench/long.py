@@ -24,6 +24,7 @@ from omnimem_train.streaming import Stream
 LONGER = 8
 BLOCKS = 4  # a chunk comes in so many blocks, as from an encoder
 GROWTH_GIB, HOST_GIB, PER_TOKEN = 2.0, 80.0, 1.1  # goals
+WARM = 2  # whole steps that pin host memory and are not counted
 STEP_BYTES = 4 * GIB  # host memory is pinned so much at a time, with a look at the clock
 
 
@@ -148,13 +149,19 @@ def lora_by_layer(bench: Bench) -> None:
     stream = asked(bench, blocks_of(bench, bench.shape.tokens))
     for _ in range(2):  # the first chunks, too, are recorded after these
         step_on(bench, asked(bench, blocks_of(bench, fill(bench))), gradient)
-    whole = partial(step_on, bench, stream, gradient)
-    first = take(bench, whole)  # pins host memory, too
-    again = bench.clock.samples(whole, bench.reps, first.seconds)
-    told = ", ".join(f"{s:.2f}" for s in (first.seconds, *again))
-    bench.add("lora.all_by_layer", again, goal=14.0, note=f"one after the other, after one that pins: {told}")
-    bench.add_peak("lora.all_by_layer", first.peak_gib, goal=32.0)
-    bench.add("lora.all_by_layer.pinned", [pinned_gib()], "GiB")
+    whole, told = partial(step_on, bench, stream, gradient), list[str]()
+    taken = []
+    for _ in range(WARM + bench.reps):
+        before = host_allocations()
+        taken.append(take(bench, whole) if not taken else Taken(bench.clock.once(whole), 0.0))
+        count, pinning_s = (now - then for now, then in zip(host_allocations(), before, strict=True))
+        told.append(f"{taken[-1].seconds:.2f} s (pinned {count:.0f} times, {pinning_s:.1f} s)")
+        print(told[-1], flush=True)
+    note = f"without the first {WARM}, in order: {'; '.join(told)}"
+    bench.add("lora.all_by_layer", [t.seconds for t in taken[WARM:]], goal=14.0, note=note)
+    bench.add_peak("lora.all_by_layer", max(t.peak_gib for t in taken), goal=32.0)
+    if bench.device.type == "cuda":
+        bench.add("lora.all_by_layer.pinned", [pinned_gib()], "GiB")
 
 
 def lora_1m(bench: Bench) -> None:
@@ -222,6 +229,12 @@ def status_gib(field: str) -> float:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith(f"{field}:")), 0.0)
+
+
+def host_allocations() -> tuple[float, float]:
+    """How often torch has pinned host memory so far, and for how many seconds."""
+    stats = torch.cuda.host_memory_stats() if torch.cuda.is_available() else {}
+    return stats.get("num_host_alloc", 0), stats.get("host_alloc_time.total", 0) / 1e6
 
 
 def pinned_gib() -> float:
