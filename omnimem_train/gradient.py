@@ -23,8 +23,8 @@ class Gradient:
         granularity: of that recomputation, if there is one. "chunk": a chunk is run anew as a whole and then
             differentiated, so the activations of all layers are there at once. "layer": the input of every layer is
             stored as well (200 KB a token of the 7B model in bfloat16), and each layer in turn, from the last to the
-            first, is run anew and differentiated, without the MLP's last product, whose result nobody needs then. Less time and fewer
-            activations for more that is stored; gradients are the same. See `omnimem_train.layerwise`.
+            first, is run anew and differentiated, without the MLP's last product, whose result nobody needs then. Less
+            time and fewer activations for more that is stored; gradients are the same. See `omnimem_train.layerwise`.
         offload: "none", or "host": what is stored for the recomputation and the embeddings of the stream wait in pinned
             host memory, see `omnimem_train.offload`. Device memory then does not grow with the stream, host memory does
             (about 70 KB a token of the 7B model, 270 KB with granularity "layer"). Results are the same to the bit; on
