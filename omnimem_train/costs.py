@@ -20,6 +20,7 @@ from omnimem_train.memory.spec import LayerBudget, MemorySpec
 from omnimem_train.models.lora import LoraSettings
 from omnimem_train.models.quantised import BLOCK, BYTES_A_WEIGHT
 from omnimem_train.models.shape import DecoderShape
+from omnimem_train.offload import AHEAD
 from omnimem_train.scoring_costs import scoring_bytes
 
 MARKS = 41
@@ -29,7 +30,8 @@ MEDIA_MARKS = 29  # bytes of a token of a clip beside its embedding: position, m
 NORMS = 2  # of a layer
 IN_FLIGHT = 3
 """Chunks whose parts are on the device when the rest waits in host memory: one in use, one on its way, and one more
-while it is put together for its copy."""
+while it is put together for its copy. Beside recorded chunks, whose launches cost the host next to nothing, as many as
+it may be ahead (`omnimem_train.offload.AHEAD`)."""
 
 
 INPUT_OF = {
@@ -370,7 +372,7 @@ class StreamStep:
                 if self.by_layer:
                     passed = 1 + c.candidates / c.kept
                 if self.offloads:
-                    left = max(left, IN_FLIGHT * self.left_behind(c))
+                    left = max(left, (AHEAD + 1 if self.recorded else IN_FLIGHT) * self.left_behind(c))
                 else:
                     left += c.count * self.left_behind(c)
                 before = s.layers * c.candidates * self.token_bytes if self.undoes and c.memory else 0

@@ -31,6 +31,8 @@ CASES = {
     "prefill.omnimem": ("omnimem", {}, NONE),
     "lora.last_8": ("perturbation", {}, Gradient("last", chunks=8)),
     "lora.all": ("perturbation", {}, Gradient("all")),
+    "lora.last_8_by_layer": ("perturbation", {}, Gradient("last", chunks=8, granularity="layer")),
+    "lora.all_by_layer": ("perturbation", {}, Gradient("all", granularity="layer", offload="host")),
     "lora.all_nf4": ("perturbation", {}, Gradient("all")),
 }
 """Result of the bench -> selector, its options, gradient; with "nf4" in its name on a decoder in 4 bits."""

@@ -24,14 +24,14 @@ first() {
   step 0 last8 60 bash "$here/run.sh" --out "$out/0" --budget-s 55 --cases lora_last8_by_layer $graphs
   step 0 prefill 90 bash "$here/run.sh" --out "$out/0" --budget-s 85 \
     --cases prefill_sliding_window,prefill_perturbation,ask $graphs
-  step 0 all 80 bash "$here/run.sh" --out "$out/0" --budget-s 75 --cases lora_all --reps 2 $graphs
+  step 0 all 80 bash "$here/run.sh" --out "$out/0" --budget-s 75 --cases lora_all,gains --reps 2 $graphs
 }
 
 second() {
   step 1 long 270 bash "$here/run.sh" --out "$out/1" --budget-s 260 --case-s 260 --cases lora_1m $graphs
-  step 1 recipe 90 bash "$here/run.sh" --out "$out/1" --budget-s 85 --cases as_recipe --attention split --reps 2
+  step 1 recipe 110 bash "$here/run.sh" --out "$out/1" --budget-s 105 --cases as_recipe --attention split --reps 2
   if [ -n "${CLIP:-}" ]; then
-    step 1 data 160 python3 "$here/data_step.py" --clip "$CLIP" --out "$out/1" --parts ahead_cold,ahead_warm,in_step --budget-s 125
+    step 1 data 160 env PYTHONPATH="$here/../.." python3 "$here/data_step.py" --clip "$CLIP" --out "$out/1" --parts ahead_cold,ahead_warm,in_step --budget-s 125
   fi
   step 1 nf4 120 bash "$here/run.sh" --out "$out/1" --budget-s 110 --cases lora_all_nf4,lora_all_nf4_whole --reps 1
   step 1 peers 80 bash "$here/peers.sh" --out "$out/1"
