@@ -55,6 +55,15 @@ def test_a_run_adds_to_what_was_measured(tmp_path: Path) -> None:
     assert "unknown cases: pek" in run(tmp_path, "--cases", "pek").stderr
 
 
+def test_no_gpu_is_said() -> None:
+    command = [sys.executable, str(BENCH), "--device", "cpu", "--cases", "peak"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_cap_counts_what_lies_outside_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 80 GiB, 5 are taken and 4 of them by torch: 1 lies outside, so 23 are left of 24; afterwards all again."""
     monkeypatch.syspath_prepend(str(BENCH.parent))

@@ -80,6 +80,8 @@ def main() -> None:
     names, end = chosen(args.cases), start + args.budget_s
     device = torch.device(args.device)
     shape = SHAPES["tiny" if args.tiny else args.shape]
+    if device.type == "cpu" and shape is SHAPES["qwen2.5-omni-7b"]:
+        raise SystemExit("no CUDA device: the 7B shape is measured on a GPU; --tiny shows the bench itself on a CPU")
     if args.tokens:
         shape = with_tokens(shape, args.tokens)
     results = Results(args.out / "results.json", versions(device))
