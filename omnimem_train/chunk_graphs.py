@@ -5,8 +5,8 @@ those of the first few of the next stream. A first pass, and in training a secon
 replay each (`omnimem_train.captured`). What is recorded is `ChunkPass` itself, so results are of the same kernels.
 
 Dropout draws in a replay what it would draw launch by launch: a replay starts where the device's generator stands.
-Adapters in float32 beside a model in half precision are rounded to it once a stream; launch by launch each product
-rounds them, to the same numbers.
+Adapters in float32 beside a model in half precision are rounded to it once a stream, and when
+they change in its course; launch by launch each product rounds them, to the same numbers.
 
 Not recorded, and run as usual: learning with a retention loss, selectors that wait for the host or read the output
 projection itself, dropout where a second pass goes layer by layer; in the second pass also remembered layer inputs,
@@ -58,6 +58,7 @@ class ChunkGraphs:
             and not passes.spec.unlimited
         )
         self._rounded = rounded_of(model, self._stands) if self._can else {}
+        self._versions = self._versions_now()
         places = tuple(copy.data_ptr() for _, copy in self._rounded.values())
         self._setting = (passes.spec.fingerprint(), _manner(model), self._stands, places)
 
@@ -67,6 +68,9 @@ class ChunkGraphs:
         """`ChunkPass.run`, the first time and without gradient; None where it is not recorded."""
         if not self._can or torch.is_grad_enabled() or (first.keep_inputs and first.draws):
             return None
+        if (now := self._versions_now()) != self._versions:
+            round_again(self._rounded)
+            self._versions = now
         given = [embeds, *first.extras.values(), *_of_chunk(chunk), *self._grams(), *_of_layers(layers)]
         key = (self._setting, chunk.n_text, first.notes, first.keep_inputs, tuple(first.extras), shapes(given))
         n_before = [memory.n_tokens for memory in layers]
@@ -101,13 +105,14 @@ class ChunkGraphs:
         due = [False, *[True] * (2 * n_layers), *needed[1 + 2 * n_layers :]]
         memory = [t for m in layers for t in (m.keys, m.values)] if notes else _of_layers(layers)
         given = [embeds, *_of_chunk(chunk), *first.rows, *first.inputs, *memory, *grads]
-        key = (self._setting, stop_layer, notes, first.keep_inputs, tuple(due), shapes(given))
+        keep_inputs, n_inputs = first.keep_inputs, len(first.inputs)  # what is recorded must not hold on to `first`
+        key = (self._setting, stop_layer, notes, keep_inputs, tuple(due), shapes(given))
 
         def function(inputs: Tensors) -> Tensors:
             held = iter(inputs)
             again, known = _given(next(held)), _chunk_from(chunk, held)
             noted = FirstPass(again, notes=notes, rows=[next(held) for _ in range(n_layers)])
-            noted.keep_inputs, noted.inputs = first.keep_inputs, [_given(next(held)) for _ in first.inputs]
+            noted.keep_inputs, noted.inputs = keep_inputs, [_given(next(held)) for _ in range(n_inputs)]
             before = tuple(_leaves(held, bare=notes) for _ in range(n_layers))
             data = [t for m in before for t in (m.keys, m.values)]
             with torch.enable_grad(), own_leaves(self.passes.model.module, weights, self._rounded) as leaves:
@@ -122,6 +127,10 @@ class ChunkGraphs:
         if recorded is None:
             return None
         return [g if need else None for g, need in zip(recorded(given), needed, strict=True)]
+
+    def _versions_now(self) -> list[int]:
+        """By which a change of the adapters in the middle of a stream is known."""
+        return [weight._version for weight, _ in self._rounded.values()]
 
     def _grams(self) -> list[Tensor]:
         """Gram matrices of the output projections, which differ from stream to stream."""
@@ -262,9 +271,13 @@ def rounded_of(model: StreamingModel, stands: Hashable) -> Rounded:
     known.move_to_end(stands)
     while len(known) > STANDS:
         known.popitem(last=False)
-    pairs = list(known[stands].values())
-    copy_all([copy for _, copy in pairs], [weight for weight, _ in pairs])
+    round_again(known[stands])
     return known[stands]
+
+
+def round_again(rounded: Rounded) -> None:
+    """Copy the weights as they are now."""
+    copy_all([copy for _, copy in rounded.values()], [weight for weight, _ in rounded.values()])
 
 
 def _manner(model: StreamingModel) -> Hashable:

@@ -110,7 +110,7 @@ class HostMemory:
         self.slabs = Slabs(cuda)
         self._out = torch.cuda.Stream(device) if cuda else None
         self._back = torch.cuda.Stream(device) if cuda else None
-        self._ahead = {"out": deque[Any](), "back": deque[Any]()}
+        self._ahead = {"out": deque[Any](), "back": deque[Any](), "fed": deque[Any]()}
 
     def park(self, tensors: Sequence[Tensor | None]) -> Parked:
         """Begin to copy `tensors` out, as far as the current stream has computed them. They may be let go of at
@@ -162,11 +162,11 @@ class HostMemory:
                 found.append(flat)
             return found, None if self._back is None else self._back.record_event()
 
-    def _pace(self, way: str, event: Any) -> None:
-        """Wait until all but the `AHEAD` newest events of that way have come."""
+    def _pace(self, way: str, event: Any, most: int = AHEAD) -> None:
+        """Wait until all but the `most` newest events of that way have come."""
         if event is not None:
             self._ahead[way].append(event)
-            while len(self._ahead[way]) > AHEAD:
+            while len(self._ahead[way]) > most:
                 self._ahead[way].popleft().synchronize()
 
     def arrived(self, tensors: Iterable[Tensor], event: Any) -> None:
@@ -219,6 +219,8 @@ class HostMemory:
             return block.map(here), copies, self._back.record_event() if copies and self._back is not None else None
 
     def _moved(self, block: TokenBlock, copies: list[Tensor], event: Any) -> TokenBlock:
+        if event is not None:
+            self._pace("fed", torch.cuda.current_stream(self.device).record_event(), 4 * AHEAD)  # parts of chunks
         self.arrived(copies, event)
         return block
 

@@ -94,9 +94,12 @@ def gradients_of(
     Args:
         kept, more: what the pass gave.
         inputs: embeddings, data of the memories, weights.
-        grads: of the data of `kept`, and of `more` where it is there.
+        grads: of the data of `kept`, and of `more` where the first pass gave it.
     """
-    return differentiate([*_data(kept), *([] if more is None else [more])], grads, inputs, needed)
+    outputs: list[Tensor | None] = [*_data(kept)]
+    if len(grads) > len(outputs):  # there was one more the first time, perhaps of layers without gradient alone
+        outputs.append(more)
+    return differentiate(outputs, grads, inputs, needed)
 
 
 def differentiate(

@@ -47,7 +47,8 @@ class StreamState:
         n_chunks: chunks run so far.
         offset: (B,) int64 added to temporal positions of later tokens (0 with absolute positions).
         horizon: (B,) int64, the largest temporal position run so far, offset included; -1 before any.
-        n_text: text tokens run so far. Text is never dropped, so every layer remembers them all.
+        n_text: text tokens run so far; None where they were not counted. Text is never dropped, so every layer
+            remembers them all.
         pending_text: text tokens among `pending`; None where the device has to be asked.
         retention: scalar, the sum of the retention losses of all choices so far, and their number; None without any.
         past: `layers` for the backward pass; None if no chunk is recomputed there so far.
@@ -60,7 +61,7 @@ class StreamState:
     offset: Tensor
     horizon: Tensor
     past: Snapshot | None = None
-    n_text: int = 0
+    n_text: int | None = 0
     pending_text: int | None = 0
     retention: tuple[Tensor, int] | None = None
 
@@ -154,14 +155,17 @@ class Stream:
 
     def flush(self, state: StreamState) -> StreamState:
         """Run what is pending as a shorter chunk and compress."""
-        chunk, n_text = state.pending, state.pending_text
-        if chunk is None:
+        if (chunk := state.pending) is None:
             return state
-        if not self.chooser.counts_text:
-            n_text = 0
-        elif n_text is None:
-            n_text = count_text(chunk.modality[0])
-        return self._run_chunk(replace(state, pending=None, pending_text=0, n_text=state.n_text + n_text), chunk)
+        n_text = self._count_text(state, chunk) if self.chooser.counts_text else None
+        return self._run_chunk(replace(state, pending=None, pending_text=0, n_text=n_text), chunk)
+
+    def _count_text(self, state: StreamState, chunk: TokenBlock) -> int:
+        """Text tokens run so far, with those of `chunk`. The device is asked for what is not known."""
+        before, here = state.n_text, state.pending_text
+        if before is None:
+            before = count_text(state.layers[0].modality[0, 0])
+        return before + (count_text(chunk.modality[0]) if here is None else here)
 
     def caught_up(self, state: StreamState, waiting: TokenBlock | None = None) -> StreamState:
         """`state` with everything run that was seen so far: pending tokens, and those an encoder holds back
@@ -224,7 +228,7 @@ class Stream:
         first, past = FirstPass(chunk.embeds, dict(chunk.extras)), None
         # a second pass holds on to what follows, so that is little: no memories, no embeddings, nothing derived
         marks = replace(chunk, embeds=chunk.embeds.new_empty(*chunk.embeds.shape[:2], 0), extras={})
-        inputs = partial(self._inputs, marks, state.offset, state.n_run, state.n_chunks, state.n_text)
+        inputs = partial(self._inputs, marks, state.offset, state.n_run, state.n_chunks, state.n_text or 0)
 
         def run(layers: Layers, embeds: Tensor) -> Result:
             given = inputs()

@@ -6,6 +6,7 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.memory.state import TEXT
 from omnimem_train.models.interface import TokenBlock
+from omnimem_train.snapshots import FirstPass
 from omnimem_train.streaming import Stream, StreamState
 
 SPEC = MemorySpec(selector="perturbation", budget=9, chunk_tokens=7)
@@ -117,6 +119,23 @@ def test_step(
         assert used.count("second") >= (7 if gradient.kind == "last" else 20)  # of 12, of 34
     for plain, recorded in zip(*found, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+def test_recordings_hold_on_to_no_chunk(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, used = [], counted(monkeypatch)
+    begin = FirstPass.__init__
+
+    def noted(self: FirstPass, *a: Any, **k: Any) -> None:
+        begin(self, *a, **k)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(FirstPass, "__init__", noted)
+    model = ToyModel()
+    model.graphs = True
+    loss_of(model, toy_stream(120), Gradient("all", granularity=granularity), SPEC)[0].backward()
+    gc.collect()
+    assert "second" in used and made and not any(ref() for ref in made)
 
 
 def test_states_stay_as_they_are() -> None:

@@ -105,6 +105,22 @@ def test_recorded_adapters_are_rounded_once(nano_folder: Path) -> None:
         assert float((a - b).norm()) <= 0.03 * float(b.norm())
 
 
+def test_adapters_that_change_in_the_middle_of_a_stream(nano_folder: Path) -> None:
+    found = []
+    for graphs in (False, True):
+        model = adapted(nano_folder, ATTENTION, dtype="bfloat16")
+        model.graphs = graphs
+        media, stream = noise(model, 10 * CHUNK), Stream(model, SPEC)
+        state = stream.feed(stream.start(), media[: 7 * CHUNK])
+        with torch.no_grad():
+            for p in model.module.parameters():
+                if p.requires_grad:
+                    p *= 3
+        found.append(stream.feed(state, media[7 * CHUNK :]))
+    for plain, recorded in zip(*(s.layers for s in found), strict=True):
+        assert torch.equal(plain.keys, recorded.keys)
+
+
 def test_the_last_product_is_made_once(nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first pass alone; the others twice, and those of a trained map as well."""
     made: dict[str, int] = {}
@@ -164,6 +180,30 @@ def test_a_map_without_result() -> None:
     linear.weight.requires_grad_()
     with without_result(linear):
         torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))  # is trained
+
+
+def test_a_packed_map_with_an_adapter_runs_as_usual() -> None:
+    """peft hands the weight of its base through, packed or not."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(3, 5).requires_grad_(False)
+            self.base_layer.weight.quant_state = object()  # type: ignore[assignment]
+
+        @property
+        def weight(self) -> Tensor:
+            return self.base_layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x)
+
+    part = Adapted()
+    with without_result(part):
+        assert "forward" not in vars(part)
+    with without_result(part.base_layer):
+        assert "forward" in vars(part.base_layer)
+    assert "forward" not in vars(part.base_layer)
 
 
 def test_a_granularity_that_is_none() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,27 @@ def test_recomputation_gives_the_head_the_same_gradient(granularity: str) -> Non
     for a, b in zip(head_gradient(True, granularity), head_gradient(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert float(head_gradient(True)[1].abs().sum()) > 0
+
+
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+@pytest.mark.parametrize(("layer", "table"), [(0, None), (1, None), (1, (50, 10, 10)), (2, (10, 50, 10))])
+def test_losses_of_layers_without_gradient(layer: int, table: tuple[int, ...] | None, granularity: str) -> None:
+    """Below the stop layer there may be no choice, and so no loss, while there is one above."""
+    found = []
+    for gradient in (Gradient("all", checkpointing=False), Gradient("all", granularity=granularity)):
+        model = ToyModel()
+        head = add_importance_head(model)
+        with torch.no_grad():
+            head.normal_(generator=torch.Generator().manual_seed(0))
+        spec = LEARNED if table is None else LEARNED.replace(layer_table=table)
+        encoded = EncodedStream([toy_stream(33)], [Moment(1, None, [question(5, [1, 2])])])
+        step = StreamingStep(model, LossConfig(retention=1.0))
+        result = step(encoded, spec, replace(gradient, kind="stop_layer", layer=layer))
+        result.loss.backward()
+        found.append([result.loss.detach(), *(p.grad for p in model.module.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 10
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_step_without_a_choice_gives_the_head_a_gradient_of_zero() -> None:

@@ -199,6 +199,19 @@ def test_text_is_counted_wherever_it_comes(given: str, monkeypatch: pytest.Monke
     assert len(asked) == {"at once": 0, "one by one": 0, "in crumbs": 9, "as an iterator": 9}[given]
 
 
+def test_text_of_a_state_that_was_not_counted() -> None:
+    """A stream that drops nothing counts no text; one that goes on from its state does."""
+    media = toy_stream(61)
+    free = Stream(ToyModel(), BUDGETED.replace(budget=None))
+    state = free.feed(free.start(), media[:30])
+    assert state.n_text is None
+    stream = Stream(ToyModel(), BUDGETED)
+    stream.start()
+    state = stream.flush(stream.feed(state, media[30:]))
+    assert state.n_text == int((media.modality == TEXT).sum()) > 0
+    assert {m.n_tokens for m in state.layers} == {BUDGETED.budget + state.n_text}
+
+
 def test_recomputation_reuses_the_first_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     choose = Chooser.choose

@@ -23,7 +23,7 @@ def without_result(linear: nn.Module) -> Iterator[None]:
     Only a frozen linear map, packed or not, is left out; one that is trained or has an adapter needs its input for the
     gradient of that, and runs as usual.
     """
-    plain = type(linear) is nn.Linear or is_packed(linear)
+    plain = type(linear) is nn.Linear or (is_packed(linear) and not hasattr(linear, "base_layer"))
     if not plain or any(p.requires_grad for p in linear.parameters()):
         yield
         return
