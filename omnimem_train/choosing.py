@@ -61,7 +61,7 @@ class Chooser:
 
     @torch.no_grad()
     def choose(
-        self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: int, n_text: int
+        self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: int, n_text: int, sums: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Choose among memory and chunk.
 
@@ -69,6 +69,7 @@ class Chooser:
             tokens: the candidates, memory first.
             queries: (B, H, n, D) of the chunk.
             chunk: its number. n_text: text tokens among the candidates.
+            sums: (B, H, n) see `Tap`, if the layer's attention has them.
 
         Returns:
             rows (B, G, K) to keep (None: all), and the evidence (B, G, S) to store (None: none measured).
@@ -80,12 +81,14 @@ class Chooser:
         allocation = self.allocation
         if left.audio is not None and left.visual is not None:
             allocation = Fixed(audio=left.audio, visual=left.visual)
-        view = self._candidates(layer, tokens.detach(), queries.detach(), chunk, n_text)
+        view = self._candidates(layer, tokens.detach(), queries.detach(), chunk, n_text, sums)
         rows, scored = choose(view, self.selector, allocation, left.total)
         evidence = None if scored is None or scored.importance is None else scored.importance.float()
         return (None if rows.shape[-1] == tokens.n_tokens else rows), evidence
 
-    def _candidates(self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: int, n_text: int) -> Candidates:
+    def _candidates(
+        self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: int, n_text: int, sums: Tensor | None
+    ) -> Candidates:
         n_memory, needs = tokens.n_tokens - queries.shape[2], self.selector.needs
         gram = self.gram(layer) if "output_gram" in needs else None
         probes = self.selector.probes().rows(queries.shape[2], queries.device)
@@ -102,6 +105,7 @@ class Chooser:
             rotary=self.model.rotary() if "rotary" in needs else None,
             known_text=n_text,
             output_gram=gram,
+            log_sums=sums if probes.shape[0] == queries.shape[2] else None,  # of a few they are soon computed
             importance_head=self._head(layer) if "importance_head" in needs else None,
         )
 

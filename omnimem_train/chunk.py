@@ -118,18 +118,18 @@ class ChunkPass:
             return out, _unread(memory, tap, first.rows[layer]), None
         tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
         if first_pass:
-            assert tap.queries is not None
-            tokens = self._choose(layer, tokens, tap.queries, chunk, first, memory.n_tokens)
+            tokens = self._choose(layer, tokens, tap, chunk, first, memory.n_tokens)
         chosen, loss = first.rows[layer], None
         if self.attended is not None and chosen is not None and self.model.importance_head is not None:
             loss = retention_loss(tokens, self.model.importance_head[layer], self.attended.layers[layer])
         return out, self._keep(tokens, None if chosen is None else chosen.long()), loss
 
     def _choose(
-        self, layer: int, tokens: LayerMemory, queries: Tensor, chunk: ChunkInputs, first: FirstPass, n_before: int
+        self, layer: int, tokens: LayerMemory, tap: Tap, chunk: ChunkInputs, first: FirstPass, n_before: int
     ) -> LayerMemory:
         """Note in `first` which candidates stay; the candidates, with what was measured of them."""
-        rows, evidence = self.chooser.choose(layer, tokens, queries, chunk.number, chunk.n_text)
+        assert tap.queries is not None
+        rows, evidence = self.chooser.choose(layer, tokens, tap.queries, chunk.number, chunk.n_text, tap.sums)
         first.rows.append(None if rows is None else narrow(rows, tokens.n_tokens))
         if first.notes:
             first.undo.append(Undo.of(tokens, n_before, first.rows[layer]))

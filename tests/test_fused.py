@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 from omnimem_train.memory import LayerMemory
 from omnimem_train.models import fused
 from omnimem_train.models.attention import _eager
-from omnimem_train.models.interface import Tap
+from omnimem_train.models.interface import Tap, TokenBlock
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.lora import LoraSettings, add_lora, disable_adapter, lora_parameters
 
@@ -91,6 +91,52 @@ def test_merge(heads: int) -> None:
     torch.testing.assert_close(out, wanted.detach(), rtol=1e-4, atol=1e-4)
 
 
+def sums_of(query: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """(B, H, n): the logarithm of each query's sum of exponentials, by the formula."""
+    n, keys = query.shape[2], torch.cat([old, new], 2).repeat_interleave(query.shape[1] // new.shape[1], 1)
+    logits = query.double() @ keys.double().transpose(2, 3) * query.shape[3] ** -0.5
+    hidden = torch.ones(n, keys.shape[2], dtype=torch.bool, device=keys.device).triu(old.shape[2] + 1)
+    return logits.masked_fill(hidden, float("-inf")).logsumexp(-1).detach()
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_split_attention_hands_its_sums_on(group: int) -> None:
+    from omnimem_train.models.split import attend_split
+
+    query = draw(2, 2 * group, 9, 16).cpu()
+    old = [draw(2, 2, 5, 16, seed=s).cpu() for s in (1, 2)]
+    new = [draw(2, 2, 9, 16, seed=s).cpu() for s in (3, 4)]
+    out, sums = attend_split(query, (old[0], old[1]), (new[0], new[1]), 0.25)
+    assert out.requires_grad and not sums.requires_grad
+    torch.testing.assert_close(sums.double(), sums_of(query, old[0], new[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_probes", [0, 3])
+def test_choices_are_given_the_sums(n_probes: int, nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all queries, where all are probes, and wherever attention goes in two parts: after every memory."""
+    from omnimem_train.choosing import Chooser
+    from omnimem_train.memory import Candidates, MemorySpec
+    from omnimem_train.models.loading import load_model
+    from omnimem_train.streaming import Stream
+
+    seen: list[Candidates] = []
+    made = Chooser._candidates
+    monkeypatch.setattr(Chooser, "_candidates", lambda *a: seen.append(made(*a)) or seen[-1])
+    model = load_model(nano_folder, device="cpu", attention="split")
+    stream = Stream(model, MemorySpec("perturbation", {"n_probes": n_probes}, budget=20, chunk_tokens=16))
+    embeds, at = draw(1, 64, model.hidden_size).detach().cpu(), torch.arange(64)
+    block = TokenBlock(embeds, at[None, :, None].expand(1, 64, 3), (1 + at % 2).to(torch.int8)[None], at[None].float())
+    with torch.no_grad():
+        stream.feed(stream.start(), block)
+    known = [c for c in seen if c.log_sums is not None]
+    # chunks with a memory; the last layer attends to nothing
+    assert len(known) == (0 if n_probes else 3 * (model.n_layers - 1))
+    for c in known:
+        logits = c.queries @ c.tokens.keys.repeat_interleave(c.group, 1).transpose(2, 3) * c.scaling
+        hidden = torch.arange(c.n) > c.query_rows[:, None]
+        torch.testing.assert_close(c.log_sums, logits.masked_fill(hidden, float("-inf")).logsumexp(-1))
+
+
 @needs_cuda
 @pytest.mark.gpu
 def test_split_attention_on_a_gpu() -> None:
@@ -102,7 +148,8 @@ def test_split_attention_on_a_gpu() -> None:
     new = [draw(1, 2, 512, 128, seed=s, dtype=torch.bfloat16) for s in (3, 4)]
     if not takes(query, 1000):
         pytest.skip("cuDNN's kernels are for newer GPUs")
-    out = attend_split(query, (old[0], old[1]), (new[0], new[1]), 128**-0.5)
+    out, sums = attend_split(query, (old[0], old[1]), (new[0], new[1]), 128**-0.5)
+    torch.testing.assert_close(sums.double(), sums_of(query, old[0], new[0]), rtol=1e-2, atol=1e-2)
     inputs = [query, *old, *new]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     key, value = torch.cat([exact[1], exact[3]], 2), torch.cat([exact[2], exact[4]], 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_attention_sum(device: str, shape: dict[str, Any]) -> None:
     assert found is not None
     wanted = torch.cat([a for a, _ in exact(c).attention_blocks()], dim=3).sum(dim=3)
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+    known = dataclasses.replace(c, log_sums=log_sums(exact(c)).float().to(device))
+    found = attention.attention_sum(known)
+    assert found is not None
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+    assert known.log_sums is not None
+    halves = attention.attention_sum(dataclasses.replace(known, log_sums=known.log_sums + math.log(2)))
+    assert halves is not None
+    torch.testing.assert_close(halves, found / 2)
+
+
+def log_sums(c: Candidates) -> Tensor:
+    """(B, H, P) by the formula."""
+    keys = c.tokens.keys.repeat_interleave(c.group, 1)
+    logits = (c.queries @ keys.transpose(2, 3)) * c.scaling
+    return logits.masked_fill(torch.arange(c.n) > c.query_rows[:, None], float("-inf")).logsumexp(-1)
 
 
 @on_each_device

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """How much attention each candidate gets, without the map: the sums of `Candidates.attention_blocks` over probes.
 
-One kernel finds the offset of every query's softmax, a second adds up the columns, a tile of candidates at a time.
+One kernel finds the offset of every query's softmax, unless the layer's attention has left it, a second adds up the
+columns, a tile of candidates at a time.
 
 Shape legend: see `omnimem_train.memory.state`; N = H/G.
 """
@@ -72,12 +73,15 @@ def attention_sum(c: Candidates) -> Tensor | None:
     if keys.dtype.itemsize > 4 or c.queries.dtype != keys.dtype or d not in WIDTHS or p == 0 or s == 0:
         return None
     keys, queries, rows = keys.contiguous(), c.queries.contiguous(), c.query_rows.contiguous()
-    shift = torch.empty(b * h, p, dtype=torch.float32, device=keys.device)
     total = torch.empty(b, g, h // g, s, dtype=torch.float32, device=keys.device)
     scale, block_p = c.scaling / math.log(2), (128 if p > 64 else 64 if p > 16 else 16)
-    _offsets[(triton.cdiv(p, block_p), b * h)](
-        queries, keys, rows, shift, s, p, h // g, scale, D=d, BP=block_p, **OFFSETS
-    )
+    if c.log_sums is None:
+        shift = torch.empty(b * h, p, dtype=torch.float32, device=keys.device)
+        _offsets[(triton.cdiv(p, block_p), b * h)](
+            queries, keys, rows, shift, s, p, h // g, scale, D=d, BP=block_p, **OFFSETS
+        )
+    else:
+        shift = (c.log_sums.float() / math.log(2)).contiguous()
     _columns[(triton.cdiv(s, COLUMNS["BS"]), b * h)](
         queries, keys, rows, shift, total, s, p, h // g, scale, D=d, BP=block_p, **COLUMNS
     )

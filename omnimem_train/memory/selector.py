@@ -66,6 +66,8 @@ class Candidates:
         output_gram: (G, H/G, D, D) W_h^T W_h of each query head, or None. It changes with the weights alone, so a
             stream makes it once (`omnimem_train.memory.perturbation.own_gram`); without it a selector makes it from W.
         importance_head: (2, E) what reads a learned importance off layer inputs, or None.
+        log_sums: (B, H, P) float32, the logarithm of each probe's sum of exponentials over what it sees, where the
+            layer's own attention has it at hand; None where it would have to be computed.
         rotary: how the model rotates keys, or None when the selector does not need it.
         layer, n_layers: which layer this is.
         seed: for selectors that draw at random; differs by chunk and layer, repeats with the run.
@@ -86,6 +88,7 @@ class Candidates:
     known_text: int | None = None
     output_gram: Tensor | None = None
     importance_head: Tensor | None = None
+    log_sums: Tensor | None = None
 
     @property
     def n(self) -> int:

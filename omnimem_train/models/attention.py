@@ -79,7 +79,7 @@ def attend(
     if parted:
         assert tap is not None and tap.memory is not None and tap.keys is not None and tap.values is not None
         memory = tap.memory.keys, tap.memory.values
-        out = attend_split(query, memory, (tap.keys, tap.values), scale)
+        out, tap.sums = attend_split(query, memory, (tap.keys, tap.values), scale)
     else:
         out = (_eager if kernel == "eager" else _sdpa)(query, key, value, mask, scale)
     return out.transpose(1, 2).contiguous(), None

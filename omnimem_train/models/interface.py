@@ -160,6 +160,8 @@ class Tap:
         unread: True where of the layer's output only the graph is wanted: its numbers may be others, and `joined` is
             left out where the attention call does without.
         queries, keys, values: set by the attention call: (B, H, n, D), (B, G, n, D), (B, G, n, D), rotated.
+        sums: set by an attention call that has them: (B, H, n) float32 without gradient, the logarithm of the sum of
+            exponentials over all that a query sees.
         joined: keys and values of memory and new tokens, (B, G, S, D) each, if the attention call puts them together.
     """
 
@@ -170,6 +172,7 @@ class Tap:
     queries: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    sums: Tensor | None = None
     joined: tuple[Tensor, Tensor] | None = None
 
 

@@ -32,8 +32,11 @@ def takes(query: Tensor, n_memory: int) -> bool:
     return half and query.shape[2] >= SHORTEST and torch.cuda.get_device_capability(query.device) >= NEWEST
 
 
-def attend_split(query: Tensor, memory: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """(B, H, n, D): queries on all of a memory, and causally on the new tokens.
+def attend_split(
+    query: Tensor, memory: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """(B, H, n, D): queries on all of a memory, and causally on the new tokens; and (B, H, n) without gradient, the
+    logarithms of each query's sum of exponentials.
 
     Args:
         query: (B, H, n, D).
@@ -44,24 +47,26 @@ def attend_split(query: Tensor, memory: tuple[Tensor, Tensor], new: tuple[Tensor
     group = query.shape[1] // new[0].shape[1]
     if not query.is_cuda and group > 1:
         memory, new = ((k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)) for k, v in (memory, new))
-    return _Split.apply(query, *memory, *new, scale)
+    out, total = _Split.apply(query, *memory, *new, scale)
+    return out, total.reshape(query.shape[:3])
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, old_key: Tensor, old_value: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         old, old_sum, old_rest = _part(query, old_key, old_value, False, scale)
         own, own_sum, own_rest = _part(query, key, value, True, scale)
         out, total = joined(old, old_sum, own, own_sum)
         ctx.save_for_backward(query, old_key, old_value, key, value, out, total)
         ctx.scale, ctx.rest = scale, (old_rest, own_rest)
-        return out
+        ctx.mark_non_differentiable(total)
+        return out, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         query, old_key, old_value, key, value, out, total = ctx.saved_tensors
         old_rest, own_rest = ctx.rest
         given = (out, total, ctx.scale)
