@@ -160,7 +160,7 @@ def losses(bench: Bench) -> None:
     save = steps - max(steps // 8, 2)
     recipe = bench.work / "recipe.yaml"
     model = make_tiny(bench.work / "model", size="tiny" if bench.cuda else "nano")
-    dtype = "bfloat16" if bench.cuda else "float32"
+    dtype = bench.args.dtype or ("bfloat16" if bench.cuda else "float32")
     device = "auto" if bench.cuda else "cpu"
     chunk = 96 if bench.cuda else 48
     recipe.write_text(RECIPE.format(model=model, dtype=dtype, device=device, chunk=chunk, steps=steps, save=save))
@@ -295,6 +295,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json and of two_gpus/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--parts", default="losses,speed")
+    parser.add_argument(
+        "--dtype", default="", help="of the losses' model, by default bfloat16 on a GPU, float32 on a CPU"
+    )
     parser.add_argument("--engines", default="all", help=f"comma-separated, of: {', '.join(e.name for e in ENGINES)}")
     parser.add_argument("--steps", type=int, default=50, help="of the unequal streams")
     parser.add_argument("--shape", default="", help="of the throughput, by default 7B on a GPU and tiny on a CPU")
