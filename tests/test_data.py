@@ -380,13 +380,16 @@ def test_decoding_runs_ahead_within_bounds(folder: Path, monkeypatch: pytest.Mon
     time.sleep(0.6)
     assert len(opened) == 2  # the current clip and the next one
     assert clip._queue.qsize() == 3  # of 16 windows: info and two windows fit
-    waited = loader.waited_s
-    assert next(clips).info.has_video
-    assert loader.waited_s - waited < 0.05  # it was there already
-    time.sleep(0.3)
-    assert len(opened) == 3
+    waits = []
+    for n_opened in (3, 4, 5):
+        before = loader.waited_s
+        assert next(clips).info.has_video
+        waits.append(loader.waited_s - before)
+        time.sleep(0.3)
+        assert len(opened) == n_opened
     clips.close()
     assert decoding_ends()
+    assert min(waits) < 0.05  # they were there already; a busy machine may be late once
 
 
 @pytest.mark.parametrize("workers", [0, 2])
