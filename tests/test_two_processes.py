@@ -108,6 +108,7 @@ def test_sharded_weights(engine: list[str], recipe: Path, one: Path, tmp_path: P
 
 OPTIONS: dict[str, list[str]] = {
     "stop_layer": ["gradient.kind=stop_layer", "gradient.layer=1", "loss.distill=0.5"],
+    "by_layer": ["gradient.granularity=layer"],
     "retention": [
         "memory.selector=omnimem",
         "memory.selector_options={importance: learned, lam: 0.3}",
@@ -120,7 +121,7 @@ OPTIONS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_sharded_weights_with_passes_of_other_kinds(options: str, recipe: Path, tmp_path: Path) -> None:
-    """A teacher, chunks without gradient, chunks with gradient in some layers alone."""
+    """A teacher, chunks without gradient, with gradient in some layers alone, recomputed layer by layer."""
     more = [*OPTIONS[options], "train.steps=2"]
     alone = run(recipe, tmp_path / "one", *more, processes=1)
     assert_same(alone, run(recipe, tmp_path / "two", *more, *FSDP))
