@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnimem_train.beside import Beside
+
 MET = 64  # keys whose meetings are counted
 WORTH = 8  # uses that make up for a recording
 Tensors = list[Tensor | None]
@@ -67,13 +69,21 @@ class Shared:
     outputs: Slots = field(default_factory=Slots)
     _pool: Any = None
     _stream: Any = None
+    _side: Any = None
 
     @property
     def stream(self) -> torch.cuda.Stream:
         """On which is recorded."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream(priority=-1)
         return self._stream
+
+    @property
+    def beside(self) -> Beside | None:
+        """For a second branch of what is recorded, which has to make way for the first; None on a CPU."""
+        if self._side is None and torch.cuda.is_available():
+            self._side = torch.cuda.Stream()
+        return None if self._side is None else Beside(self._side)
 
     @property
     def pool(self) -> Any:

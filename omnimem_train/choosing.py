@@ -95,7 +95,7 @@ class Chooser:
         return Candidates(
             tokens=tokens,
             n_memory=n_memory,
-            queries=queries[:, :, probes],
+            queries=queries if probes.shape[0] == queries.shape[2] else queries[:, :, probes],
             query_rows=probes + n_memory,
             scaling=self.model.head_dim**-0.5,
             output_weight=self.model.output_weight(layer) if "output_weight" in needs and gram is None else None,

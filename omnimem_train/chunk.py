@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnimem_train.beside import Beside
 from omnimem_train.choosing import Chooser
 from omnimem_train.memory import positions as rotary_positions
 from omnimem_train.memory.spec import MemorySpec
@@ -59,7 +60,13 @@ class ChunkPass:
         self.model, self.spec, self.chooser, self.attended = model, spec, chooser, attended
 
     def run(
-        self, layers: Layers, embeds: Tensor, chunk: ChunkInputs, first: FirstPass, stop_layer: int | None = None
+        self,
+        layers: Layers,
+        embeds: Tensor,
+        chunk: ChunkInputs,
+        first: FirstPass,
+        stop_layer: int | None = None,
+        beside: Beside | None = None,
     ) -> Result:
         """All layers on one chunk: what they keep, and the sum of their retention losses.
 
@@ -70,6 +77,7 @@ class ChunkPass:
             first: empty on the first pass, which fills it, and full on a recomputation, which must not select anew
                 (rounding could tip a tie).
             stop_layer: layers from here on have no gradient; None for all with.
+            beside: where layers choose while the next ones run. For a first pass without gradient; None: in turn.
         """
         out: Tensor | None = embeds
         kept, lost = list[LayerMemory](), list[Tensor]()
@@ -82,10 +90,12 @@ class ChunkPass:
             if stopped and not first_pass:  # nobody reads what they keep
                 return (*kept, *layers[layer:]), torch.stack(lost).sum() if lost else None
             with torch.no_grad() if stopped else nullcontext():
-                out, held, loss = self.layer(layer, memory, out, chunk, first, first_pass=first_pass)
+                out, held, loss = self.layer(layer, memory, out, chunk, first, first_pass=first_pass, beside=beside)
             kept.append(held)
             if loss is not None:
                 lost.append(loss)
+        if beside is not None:
+            beside.join()
         return tuple(kept), torch.stack(lost).sum() if lost else None
 
     def layer(
@@ -98,6 +108,7 @@ class ChunkPass:
         *,
         first_pass: bool = False,
         unread: bool = False,
+        beside: Beside | None = None,
     ) -> tuple[Tensor | None, LayerMemory, Tensor | None]:
         """One layer on one chunk: its output, which the last layer has none of, what it keeps, its retention loss.
 
@@ -106,23 +117,47 @@ class ChunkPass:
             hidden: (B, n, E) its input.
             first_pass: whether to select, and note it in `first`; otherwise it is read there.
             unread: of the output only the graph is wanted, see `Tap`.
+            beside: see `run`.
         """
         tap = Tap(memory if memory.n_tokens else None, unread=unread)
         layer_input = hidden if memory.hidden is not None else None
+
+        def after() -> tuple[LayerMemory, Tensor | None]:
+            return self._after(layer, memory, layer_input, tap, chunk, first, first_pass=first_pass)
+
+        chosen: list[tuple[LayerMemory, Tensor | None]] = []
+        if beside is not None:
+            tap.then = lambda: chosen.append(beside.do(after))
         out = None
         if layer + 1 < self.model.n_layers:
             out = self.model.run_layer(layer, hidden, chunk.rope, tap, first.extras)
         else:  # nothing of a stream's tokens is read after their last keys and values
             self.model.run_states(layer, hidden, chunk.rope, tap, first.extras)
+        tap.then = None
         if unread and first.notes and self.attended is None:
             return out, _unread(memory, tap, first.rows[layer]), None
+        kept, loss = chosen.pop() if chosen else after()
+        return out, kept, loss
+
+    def _after(
+        self,
+        layer: int,
+        memory: LayerMemory,
+        layer_input: Tensor | None,
+        tap: Tap,
+        chunk: ChunkInputs,
+        first: FirstPass,
+        *,
+        first_pass: bool,
+    ) -> tuple[LayerMemory, Tensor | None]:
+        """What a layer that has run keeps, and its retention loss."""
         tokens = memory.append(_new(tap, chunk, layer_input, not first_pass and first.notes), tap.joined)
         if first_pass:
             tokens = self._choose(layer, tokens, tap, chunk, first, memory.n_tokens)
         chosen, loss = first.rows[layer], None
         if self.attended is not None and chosen is not None and self.model.importance_head is not None:
             loss = retention_loss(tokens, self.model.importance_head[layer], self.attended.layers[layer])
-        return out, self._keep(tokens, None if chosen is None else chosen.long()), loss
+        return self._keep(tokens, None if chosen is None else chosen.long()), loss
 
     def _choose(
         self, layer: int, tokens: LayerMemory, tap: Tap, chunk: ChunkInputs, first: FirstPass, n_before: int

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnimem_train.beside import Beside
 from omnimem_train.captured import Recordings, Tensors, copy_all, shapes
 from omnimem_train.chunk import ChunkInputs, ChunkPass, Result
 from omnimem_train.layerwise import gradients_by_layer
@@ -78,7 +79,7 @@ class ChunkGraphs:
 
         def function(inputs: Tensors) -> Tensors:
             with own_leaves(self.passes.model.module, [w for w, _ in self._rounded.values()], self._rounded):
-                return shape.first(self.passes, inputs)
+                return shape.first(self.passes, inputs, self.first.shared.beside if embeds.is_cuda else None)
 
         recorded = self.first.get(key, function, given)
         return None if recorded is None else shape.result(recorded(given), first)
@@ -164,7 +165,7 @@ class Shape:
         self.chunk, self.extras, self.n_before, self.n_grams, self.notes = chunk, extras, n_before, n_grams, notes
         self.keep_inputs = keep_inputs
 
-    def first(self, passes: ChunkPass, inputs: Tensors) -> Tensors:
+    def first(self, passes: ChunkPass, inputs: Tensors, beside: Beside | None) -> Tensors:
         """What is recorded."""
         held = iter(inputs)
         first = FirstPass(_given(next(held)), {name: _given(next(held)) for name in self.extras}, self.notes)
@@ -173,7 +174,7 @@ class Shape:
         grams = [_given(next(held)) for _ in range(self.n_grams)]
         layers = self._layers(held)
         with passes.chooser.holding(grams):
-            kept, _ = passes.run(layers, first.embeds, chunk, first)
+            kept, _ = passes.run(layers, first.embeds, chunk, first, beside=beside)
         undo = [t for u in first.undo for t in (u.gone, u.keys, u.values)]
         return [*_of_layers(kept), *first.rows, *undo, *first.inputs]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from toy import ToyModel, toy_question, toy_stream
 
 from omnimem_train import chunk_graphs
+from omnimem_train.beside import Beside
 from omnimem_train.captured import Captured, Recordings, Shared, copy_all
 from omnimem_train.chunk_graphs import ChunkGraphs
 from omnimem_train.gradient import Gradient
@@ -342,3 +344,37 @@ def test_on_a_gpu(
             assert all(r._held and not r.shared.failed for r in chunk_graphs.recordings_of(model))
     for plain, recorded in zip(*found, strict=True):
         torch.testing.assert_close(recorded, plain, rtol=0.02, atol=1e-3)
+
+
+class Told:
+    """Stands in for a stream and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.waited.append(other)
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+    def record_event(self) -> object:
+        return object()
+
+
+def test_what_work_beside_reads_is_held_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    main, side = Told(), Told()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    beside = Beside(side, behind=2)  # type: ignore[arg-type]
+    read = [torch.ones(3) * i for i in range(5)]
+    refs = [weakref.ref(x) for x in read]
+    found = [beside.do(lambda x=read.pop(0): x + 1) for _ in range(5)]
+    assert [float(x[0]) for x in found] == [1, 2, 3, 4, 5]
+    assert side.waited == [main] * 5, "work begins before what it reads is there"
+    assert len(main.waited) == 3, "the stream runs ahead of more work than it may"
+    gc.collect()
+    assert [ref() is None for ref in refs] == [True, True, True, False, False]
+    beside.join()
+    gc.collect()
+    assert main.waited[-1] is side and not any(ref() for ref in refs)

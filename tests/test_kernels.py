@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omnimem_train.memory import AUDIO, TEXT, VISUAL, Candidates, Probes, choose, fast, make_allocation, make_selector
 from omnimem_train.memory.perturbation import Change, own_gram
-from omnimem_train.memory.redundancy import later_key
+from omnimem_train.memory.redundancy import later_key, neighbour_cosine, previous_of_kind
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: the kernels have neither interpreter nor compiler", allow_module_level=True)
@@ -162,6 +162,27 @@ def test_later_key(device: str, mix: str, n_chunk: int, duplicates: bool) -> Non
     wanted = later_key(exact(c).tokens.keys, c.tokens.modality.cpu())
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=0, atol=1e-5)
     assert redundancy.later_key(c.tokens.keys.double(), c.tokens.modality) is None
+
+
+@on_each_device
+@pytest.mark.parametrize("mix", ["both", "audio"])
+@pytest.mark.parametrize("width", [64, 100])
+def test_neighbours(device: str, mix: str, width: int) -> None:
+    """Rows with an earlier one of their modality and the first ones without, of widths that are no power of two."""
+    c = view(device, mix=mix, width=width)
+    x = torch.randn(*c.shape, width, generator=torch.Generator().manual_seed(1)).to(device, c.tokens.keys.dtype)
+    earlier = previous_of_kind(c.tokens.modality)
+    found = redundancy.earlier_cosine(x, earlier)
+    assert found is not None and bool((found[earlier < 0] == 0).all())
+    wanted = neighbour_cosine(x.cpu().double(), c.tokens.modality.cpu())
+    fast.provide("earlier_cosine", lambda *given: redundancy.earlier_cosine(*given))
+    try:
+        found = neighbour_cosine(x, c.tokens.modality)
+    finally:
+        fast.provide("earlier_cosine", None)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=0, atol=1e-5)
+    assert redundancy.earlier_cosine(x.double(), earlier) is None
 
 
 def test_later_key_in_many_spans(monkeypatch: pytest.MonkeyPatch) -> None:

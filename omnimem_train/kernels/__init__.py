@@ -53,6 +53,7 @@ def install() -> bool:
     provide("change", _guarded("change", change.change, torch.bfloat16))
     provide("attention", _guarded("attention", attention.attention_sum, torch.bfloat16))
     provide("later_key", _guarded("later_key", redundancy.later_key, torch.bfloat16))
+    provide("earlier_cosine", _guarded("earlier_cosine", redundancy.earlier_cosine, torch.bfloat16))
     provide("keep", _guarded("keep", keep.keep, torch.float32))
     return True
 

@@ -20,7 +20,7 @@ from omnimem_train.memory.selector import Candidates
 
 WIDTHS = (64, 128)
 OFFSETS = {"BS": 64, "num_warps": 8, "num_stages": 3}  # candidates at a time; layout of a program
-COLUMNS = {"BS": 64, "num_warps": 4, "num_stages": 3}
+COLUMNS = {"BS": 128, "BP": 128, "num_warps": 4, "num_stages": 2}  # candidates and queries at a time
 
 
 @triton.jit
@@ -46,22 +46,34 @@ def _offsets(
 
 
 @triton.jit
+def _weights(q_ptr, shift_ptr, k, p, d, P, scale, D: tl.constexpr):
+    """(BS, BP) attention of queries `p` on keys `k`; 0 beyond the last query."""
+    q = tl.load(q_ptr + p[None, :] * D + d[:, None], mask=p[None, :] < P, other=0.0)
+    return tl.exp2(tl.dot(k, q) * scale - tl.load(shift_ptr + p, mask=p < P, other=float("inf"))[None, :])
+
+
+@triton.jit
 def _columns(
-    q_ptr, k_ptr, row_ptr, shift_ptr, out_ptr, S, P, N, scale, D: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr
+    q_ptr, k_ptr, row_ptr, shift_ptr, blind_ptr, out_ptr, S, P, N, scale,
+    D: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
+    """Of a tile of candidates: the first queries see none of them and are passed over, the last ones see all."""
     i_tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, col = tl.arange(0, D), i_tile * BS + tl.arange(0, BS)
     k_ptr += head // N * S * D
-    k = tl.load(k_ptr + col[None, :] * D + d[:, None], mask=col[None, :] < S, other=0.0)
+    q_ptr += head * P * D
+    shift_ptr += head * P
+    k = tl.load(k_ptr + col[:, None] * D + d[None, :], mask=col[:, None] < S, other=0.0)
     total = tl.zeros((BS,), tl.float32)
-    for start in range(0, P, BP):
+    begin = tl.load(blind_ptr + 2 * i_tile) // BP * BP
+    sighted = tl.cdiv(tl.load(blind_ptr + 2 * i_tile + 1), BP) * BP
+    for start in range(begin, sighted, BP):
         p = start + tl.arange(0, BP)
         row = tl.load(row_ptr + p, mask=p < P, other=-1).to(tl.int32)
-        if tl.max(row, 0) >= i_tile * BS:
-            q = tl.load(q_ptr + (head * P + p[:, None]) * D + d[None, :], mask=p[:, None] < P, other=0.0)
-            shift = tl.load(shift_ptr + head * P + p, mask=p < P, other=0.0)
-            attention = tl.exp2(tl.dot(q, k) * scale - shift[:, None])
-            total += tl.sum(tl.where(col[None, :] <= row[:, None], attention, 0.0), 0)
+        weights = _weights(q_ptr, shift_ptr, k, p, d, P, scale, D)
+        total += tl.sum(tl.where(col[:, None] <= row[None, :], weights, 0.0), 1)
+    for start in range(sighted, P, BP):
+        total += tl.sum(_weights(q_ptr, shift_ptr, k, start + tl.arange(0, BP), d, P, scale, D), 1)
     tl.store(out_ptr + head * S + col, total, mask=col < S)
 
 
@@ -82,7 +94,7 @@ def attention_sum(c: Candidates) -> Tensor | None:
         )
     else:
         shift = (c.log_sums.float() / math.log(2)).contiguous()
-    _columns[(triton.cdiv(s, COLUMNS["BS"]), b * h)](
-        queries, keys, rows, shift, total, s, p, h // g, scale, D=d, BP=block_p, **COLUMNS
-    )
+    first = torch.arange(0, s, COLUMNS["BS"], device=keys.device)
+    blind = torch.searchsorted(rows, torch.stack([first, first + COLUMNS["BS"] - 1], -1), out_int32=True)
+    _columns[(first.shape[0], b * h)](queries, keys, rows, shift, blind, total, s, p, h // g, scale, D=d, **COLUMNS)
     return total

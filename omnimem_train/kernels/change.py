@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Leave-one-out scores in three kernels; the map of probes and candidates is never written.
+"""Leave-one-out scores in four kernels; the map of probes and candidates is never written.
 
 The numbers are those of `omnimem_train.memory.perturbation.Change.of_heads`, averaged over probes and heads:
 
@@ -7,7 +7,8 @@ The numbers are those of `omnimem_train.memory.perturbation.Change.of_heads`, av
    weights and of weighted values of all others.
 2. `_combine`: the parts together, giving for every query the offset of its softmax, its largest candidate with that
    one's exact norm, and what distances need of its output o: o^T G and o^T G o.
-3. `_score`: for some candidates, v^T G v once a head, then over all queries A / (1 - A) * ||v - o||_G, summed.
+3. `_sizes`: v^T G v of every candidate and head.
+4. `_score`: for some candidates, over all queries and heads A / (1 - A) * ||v - o||_G, summed.
 
 Products are in the precision of keys and values, with float32 sums. G is rounded to it once and used so in all three
 terms, o^T G as a sum of two numbers of it, so that their differences hold.
@@ -28,9 +29,11 @@ from omnimem_train.memory.selector import Candidates
 
 WIDTHS = (64, 128)
 PROGRAMS = 264  # parts are made until about so many programs run: two for each multiprocessor of an H200
-ATTEND = {"BS": 64, "num_warps": 4, "num_stages": 2}  # candidates at a time, and how a program is laid out
+# candidates and queries at a time, and how a program is laid out
+ATTEND = {"BS": 64, "BP": 128, "num_warps": 8, "num_stages": 2}
 COMBINE = {"BP": 16, "num_warps": 4}
-SCORE = {"BS": 64, "num_warps": 4, "num_stages": 1}
+SIZES = {"BS": 128, "num_warps": 8, "num_stages": 2}
+SCORE = {"BS": 128, "BP": 32, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -46,13 +49,14 @@ def _attend(
     q_ptr, k_ptr, v_ptr, row_ptr, best_ptr, rest_ptr, where_ptr, alone_ptr, S, P, N, part, scale,
     D: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    i_part, i_tile, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """A tile of the queries of a group, those of one head after those of another, on a part of the candidates."""
+    i_part, i_tile, group = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     d, p = tl.arange(0, D), i_tile * BP + tl.arange(0, BP)
-    group = (head // N).to(tl.int64)
+    inside = p < N * P
     k_ptr += group * S * D
     v_ptr += group * S * D
-    q = tl.load(q_ptr + (head.to(tl.int64) * P + p[:, None]) * D + d[None, :], mask=p[:, None] < P, other=0.0)
-    row = tl.load(row_ptr + p, mask=p < P, other=-1).to(tl.int32)
+    q = tl.load(q_ptr + (group * N * P + p[:, None]) * D + d[None, :], mask=inside[:, None], other=0.0)
+    row = tl.load(row_ptr + p % P, mask=inside, other=-1).to(tl.int32)
     start = i_part * part
     end = tl.minimum(tl.minimum(start + part, S), tl.max(row, 0) + 1)
 
@@ -75,11 +79,11 @@ def _attend(
         rest += tl.sum(weight.to(tl.float32), 1)
         alone = tl.dot(weight, v, alone)
 
-    out = (i_part * tl.num_programs(2) + head).to(tl.int64) * P + p
-    tl.store(best_ptr + out, best, mask=p < P)
-    tl.store(rest_ptr + out, rest, mask=p < P)
-    tl.store(where_ptr + out, where, mask=p < P)
-    tl.store(alone_ptr + out[:, None] * D + d[None, :], alone, mask=p[:, None] < P)
+    out = (i_part * tl.num_programs(2) + group) * N * P + p
+    tl.store(best_ptr + out, best, mask=inside)
+    tl.store(rest_ptr + out, rest, mask=inside)
+    tl.store(where_ptr + out, where, mask=inside)
+    tl.store(alone_ptr + out[:, None] * D + d[None, :], alone, mask=inside[:, None])
 
 
 @triton.jit
@@ -143,42 +147,48 @@ def _combine(
 
 
 @triton.jit
+def _sizes(v_ptr, gram_ptr, out_ptr, S, N, G, D: tl.constexpr, BS: tl.constexpr):
+    """v^T G v of a tile of candidates, one head of the group after the other."""
+    group = tl.program_id(1).to(tl.int64)
+    d, col = tl.arange(0, D), tl.program_id(0) * BS + tl.arange(0, BS)
+    v = tl.load(v_ptr + (group * S + col[:, None]) * D + d[None, :], mask=col[:, None] < S, other=0.0)
+    for head in range(group * N, (group + 1) * N):
+        gram = tl.load(gram_ptr + (head % (N * G) * D + d[:, None]) * D + d[None, :])
+        tl.store(out_ptr + head * S + col, tl.sum(tl.dot(v, gram) * v.to(tl.float32), 1), mask=col < S)
+
+
+@triton.jit
 def _score(
-    q_ptr, k_ptr, v_ptr, gram_ptr, row_ptr, shift_ptr, top_ptr, exact_ptr, size_ptr, high_ptr, low_ptr, out_ptr,
-    S, P, G, scale, D: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, row_ptr, seen_ptr, of_value_ptr, shift_ptr, top_ptr, exact_ptr, size_ptr, high_ptr, low_ptr,
+    out_ptr, S, P, N, tiles, scale, D: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    i_tile, group = tl.program_id(0), tl.program_id(1)
+    """Of a tile of candidates: the mean over all heads of the group and all queries, one tile of those at a time."""
+    i_tile, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, col = tl.arange(0, D), i_tile * BS + tl.arange(0, BS)
-    at = group.to(tl.int64) * S + col
+    at = group * S + col
     k = tl.load(k_ptr + at[:, None] * D + d[None, :], mask=col[:, None] < S, other=0.0)
     v = tl.load(v_ptr + at[:, None] * D + d[None, :], mask=col[:, None] < S, other=0.0)
     total = tl.zeros((BS,), tl.float32)
-    seen = tl.zeros((BS,), tl.int32)
-    for n in range(N):
-        head = group * N + n
-        gram = tl.load(gram_ptr + ((head % (N * G)) * D + d[:, None]) * D + d[None, :])
-        of_value = tl.sum(tl.dot(v, gram) * v.to(tl.float32), 1)
-        for start in range(0, P, BP):
-            p = start + tl.arange(0, BP)
-            inside = p < P
-            here = head.to(tl.int64) * P + p
-            cell, mask = here[:, None] * D + d[None, :], inside[:, None]
-            row = tl.load(row_ptr + p, mask=inside, other=-1).to(tl.int32)
-            shift = tl.load(shift_ptr + here, mask=inside, other=0.0)
-            top = tl.load(top_ptr + here, mask=inside, other=-1)
-            exact = tl.load(exact_ptr + here, mask=inside, other=0.0)
-            size = tl.load(size_ptr + here, mask=inside, other=0.0)
-            x = tl.dot(tl.load(q_ptr + cell, mask=mask, other=0.0), tl.trans(k)) * scale
-            attention = tl.exp2(x - shift[:, None])
-            cross = tl.dot(tl.load(high_ptr + cell, mask=mask, other=0.0), tl.trans(v))
-            cross = tl.dot(tl.load(low_ptr + cell, mask=mask, other=0.0), tl.trans(v), cross)
-            distance = tl.sqrt(tl.maximum(of_value[None, :] - 2 * cross + size[:, None], 0.0))
-            change = attention / tl.maximum(1 - attention, 1e-6) * distance
-            change = tl.where(col[None, :] == top[:, None], exact[:, None], change)
-            sees = col[None, :] <= row[:, None]
-            total += tl.sum(tl.where(sees, change, 0.0), 0)
-            seen += tl.sum(sees.to(tl.int32), 0)
-    tl.store(out_ptr + at, total / tl.maximum(seen, 1).to(tl.float32), mask=col < S)
+    for i in range(N * tiles):
+        head, p = group * N + i // tiles, i % tiles * BP + tl.arange(0, BP)
+        inside = p < P
+        here = head * P + p
+        cell, mask = here[None, :] * D + d[:, None], inside[None, :]
+        row = tl.load(row_ptr + p, mask=inside, other=-1).to(tl.int32)
+        shift = tl.load(shift_ptr + here, mask=inside, other=0.0)
+        top = tl.load(top_ptr + here, mask=inside, other=-1)
+        exact = tl.load(exact_ptr + here, mask=inside, other=0.0)
+        size = tl.load(size_ptr + here, mask=inside, other=0.0)
+        of_value = tl.load(of_value_ptr + head * S + col, mask=col < S, other=0.0)
+        x = tl.dot(k, tl.load(q_ptr + cell, mask=mask, other=0.0)) * scale
+        others = tl.maximum(tl.exp2(shift[None, :] - x) - 1, 1e-6)  # (1 - A) / A
+        cross = tl.dot(v, tl.load(high_ptr + cell, mask=mask, other=0.0))
+        cross = tl.dot(v, tl.load(low_ptr + cell, mask=mask, other=0.0), cross)
+        distance = tl.sqrt(tl.maximum(of_value[:, None] - 2 * cross + size[None, :], 0.0))
+        change = tl.where(col[:, None] == top[None, :], exact[None, :], distance / others)
+        total += tl.sum(tl.where(col[:, None] <= row[None, :], change, 0.0), 1)
+    seen = tl.load(seen_ptr + col, mask=col < S, other=1)
+    tl.store(out_ptr + at, total / (N * tl.maximum(seen, 1)).to(tl.float32), mask=col < S)
 
 
 def change(c: Candidates, gram: Tensor) -> Tensor | None:
@@ -199,9 +209,9 @@ def change(c: Candidates, gram: Tensor) -> Tensor | None:
     keys, values, queries = keys.contiguous(), values.contiguous(), c.queries.contiguous()
     gram, rows = gram.to(keys.dtype).contiguous(), c.query_rows.contiguous()
     scale, n = c.scaling / math.log(2), h // g
-    block_p, block_s = (64 if p > 16 else 16), ATTEND["BS"]
-    tiles = triton.cdiv(p, block_p)
-    parts = max(1, min(triton.cdiv(s, block_s), PROGRAMS // (tiles * b * h)))
+    block_p, block_s = min(ATTEND["BP"], max(16, triton.next_power_of_2(n * p))), ATTEND["BS"]
+    tiles = triton.cdiv(n * p, block_p)
+    parts = max(1, min(triton.cdiv(s, block_s), PROGRAMS // (tiles * b * g)))
     part = triton.cdiv(triton.cdiv(s, parts), block_s) * block_s
     parts = triton.cdiv(s, part)
 
@@ -210,8 +220,8 @@ def change(c: Candidates, gram: Tensor) -> Tensor | None:
 
     best, rest, where = empty(parts, b * h, p), empty(parts, b * h, p), empty(parts, b * h, p, dtype=torch.int32)
     alone = empty(parts, b * h, p, d)
-    _attend[(parts, tiles, b * h)](
-        queries, keys, values, rows, best, rest, where, alone, s, p, n, part, scale, D=d, BP=block_p, **ATTEND
+    _attend[(parts, tiles, b * g)](
+        queries, keys, values, rows, best, rest, where, alone, s, p, n, part, scale, D=d, **ATTEND | {"BP": block_p}
     )  # fmt: skip
     shift, exact, size = empty(b * h, p), empty(b * h, p), empty(b * h, p)
     top = empty(b * h, p, dtype=torch.int32)
@@ -220,9 +230,10 @@ def change(c: Candidates, gram: Tensor) -> Tensor | None:
         best, rest, where, alone, values, gram, shift, top, exact, size, high, low, s, p, n, g, parts, b * h,
         D=d, **COMBINE,
     )  # fmt: skip
-    score = empty(b, g, s)
+    score, of_value = empty(b, g, s), empty(b * h, s)
+    _sizes[(triton.cdiv(s, SIZES["BS"]), b * g)](values, gram, of_value, s, n, g, D=d, **SIZES)
     _score[(triton.cdiv(s, SCORE["BS"]), b * g)](
-        queries, keys, values, gram, rows, shift, top, exact, size, high, low, score, s, p, g, scale,
-        D=d, N=n, BP=block_p, **SCORE,
+        queries, keys, values, rows, c.probes_that_see(), of_value, shift, top, exact, size, high, low,
+        score, s, p, n, triton.cdiv(p, SCORE["BP"]), scale, D=d, **SCORE,
     )  # fmt: skip
     return score

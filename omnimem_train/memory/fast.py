@@ -8,6 +8,8 @@ Steps:
     "change" (candidates, gram) -> (B, G, S): mean change of the output over probes and heads (`Perturbation`).
     "attention" (candidates) -> (B, G, H/G, S): attention each candidate gets, summed over the probes.
     "later_key" (keys, modality) -> (B, G, S): see `omnimem_train.memory.redundancy.later_key`.
+    "earlier_cosine" (x, earlier) -> (B, G, S): cosine of every row of x (B, G, S, D) with the row `earlier` (B, G, S)
+        names for it; 0 where that is negative (`neighbour_cosine`).
     "keep" (score, modality, groups, n) -> (B, G, n) rows: text and the best of each group of modalities, see `choose`.
 """
 
@@ -19,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-STEPS = ("change", "attention", "later_key", "keep")
+STEPS = ("change", "attention", "later_key", "earlier_cosine", "keep")
 _PROVIDED: dict[str, Callable[..., Tensor | None]] = {}
 
 

@@ -82,14 +82,16 @@ def neighbour_cosine(x: Tensor, modality: Tensor) -> Tensor:
     """
     previous = previous_of_kind(modality)
     has = previous >= 0
-    x = unit(x)
-    cosine = (x * x.gather(2, previous.clamp(min=0).unsqueeze(-1).expand_as(x))).sum(-1).masked_fill(~has, 0)
+    cosine = fast("earlier_cosine", x, previous)
+    if cosine is None:
+        x = unit(x)
+        cosine = (x * x.gather(2, previous.clamp(min=0).unsqueeze(-1).expand_as(x))).sum(-1).masked_fill(~has, 0)
     s = x.shape[2]
     # each token is the previous one of at most one other: hand the cosine over to it (column s takes the rest)
     target = previous.masked_fill(~has, s)
-    spare = torch.zeros(*modality.shape[:2], s + 1, dtype=x.dtype, device=x.device)
+    spare = torch.zeros(*modality.shape[:2], s + 1, dtype=cosine.dtype, device=x.device)
     after = spare.scatter(2, target, cosine)[..., :s]
-    neighbours = has.to(x.dtype) + spare.scatter(2, target, has.to(x.dtype))[..., :s]
+    neighbours = has.to(cosine.dtype) + spare.scatter(2, target, has.to(cosine.dtype))[..., :s]
     return (cosine + after) / neighbours.clamp(min=1)
 
 

@@ -66,11 +66,12 @@ def attend(
         tap.queries, tap.keys, tap.values = query, key, value
         past = tap.memory if tap.memory is not None and tap.memory.n_tokens > 0 else None
         parted = kernel == "split" and tap.mask is None and past is not None and takes(query, past.n_tokens)
-        if past is not None and not (tap.unread and (parted or tap.states_only)):
+        if past is not None and not parted and not (tap.unread and tap.states_only):
             key, value = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
         if past is None or key is not tap.keys:
             tap.joined = key, value
         if tap.states_only:
+            tap.done()
             return query.transpose(1, 2).contiguous(), None  # of the right shape, and read by nobody
         if tap.mask is not None:
             n_memory = key.shape[2] - query.shape[2]
@@ -82,6 +83,8 @@ def attend(
         out, tap.sums = attend_split(query, memory, (tap.keys, tap.values), scale)
     else:
         out = (_eager if kernel == "eager" else _sdpa)(query, key, value, mask, scale)
+    if tap is not None:
+        tap.done()
     return out.transpose(1, 2).contiguous(), None
 
 
