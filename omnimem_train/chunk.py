@@ -121,22 +121,18 @@ class ChunkPass:
         """
         tap = Tap(memory if memory.n_tokens else None, unread=unread)
         layer_input = hidden if memory.hidden is not None else None
-
-        def after() -> tuple[LayerMemory, Tensor | None]:
-            return self._after(layer, memory, layer_input, tap, chunk, first, first_pass=first_pass)
-
-        chosen: list[tuple[LayerMemory, Tensor | None]] = []
-        if beside is not None:
-            tap.then = lambda: chosen.append(beside.do(after))
         out = None
         if layer + 1 < self.model.n_layers:
             out = self.model.run_layer(layer, hidden, chunk.rope, tap, first.extras)
         else:  # nothing of a stream's tokens is read after their last keys and values
             self.model.run_states(layer, hidden, chunk.rope, tap, first.extras)
-        tap.then = None
         if unread and first.notes and self.attended is None:
             return out, _unread(memory, tap, first.rows[layer]), None
-        kept, loss = chosen.pop() if chosen else after()
+
+        def after() -> tuple[LayerMemory, Tensor | None]:
+            return self._after(layer, memory, layer_input, tap, chunk, first, first_pass=first_pass)
+
+        kept, loss = after() if beside is None else beside.do(after)
         return out, kept, loss
 
     def _after(

@@ -6,6 +6,7 @@ import gc
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +370,7 @@ def test_what_work_beside_reads_is_held_until_it_is_done(monkeypatch: pytest.Mon
     beside = Beside(side, behind=2)  # type: ignore[arg-type]
     read = [torch.ones(3) * i for i in range(5)]
     refs = [weakref.ref(x) for x in read]
-    found = [beside.do(lambda x=read.pop(0): x + 1) for _ in range(5)]
+    found = [beside.do(partial(torch.add, read.pop(0), 1)) for _ in range(5)]
     assert [float(x[0]) for x in found] == [1, 2, 3, 4, 5]
     assert side.waited == [main] * 5, "work begins before what it reads is there"
     assert len(main.waited) == 3, "the stream runs ahead of more work than it may"

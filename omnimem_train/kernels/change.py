@@ -30,9 +30,9 @@ from omnimem_train.memory.selector import Candidates
 WIDTHS = (64, 128)
 PROGRAMS = 264  # parts are made until about so many programs run: two for each multiprocessor of an H200
 # candidates and queries at a time, and how a program is laid out
-ATTEND = {"BS": 64, "BP": 128, "num_warps": 8, "num_stages": 2}
+ATTEND = {"BS": 64, "BP": 64, "num_warps": 4, "num_stages": 3}
 COMBINE = {"BP": 16, "num_warps": 4}
-SIZES = {"BS": 128, "num_warps": 8, "num_stages": 2}
+SIZES = {"BS": 64, "num_warps": 4, "num_stages": 3}
 SCORE = {"BS": 128, "BP": 32, "num_warps": 8, "num_stages": 2}
 
 

@@ -163,7 +163,6 @@ class Tap:
         sums: set by an attention call that has them: (B, H, n) float32 without gradient, the logarithm of the sum of
             exponentials over all that a query sees.
         joined: keys and values of memory and new tokens, (B, G, S, D) each, if the attention call puts them together.
-        then: called by the attention call when all of these are set, long before the layer is through.
     """
 
     memory: LayerMemory | None = None
@@ -175,12 +174,6 @@ class Tap:
     values: Tensor | None = None
     sums: Tensor | None = None
     joined: tuple[Tensor, Tensor] | None = None
-    then: Callable[[], None] | None = None
-
-    def done(self) -> None:
-        """To be called by the attention call at its end."""
-        if self.then is not None:
-            self.then()
 
 
 class Gathering(Protocol):

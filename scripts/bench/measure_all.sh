@@ -34,7 +34,7 @@ first() {
   bench 0 by_layer 140 peak,lora_by_layer $graphs
   bench 0 full 110 lora_full --reps 1
   bench 0 last8 60 lora_last8_by_layer $graphs
-  bench 0 prefill 90 prefill_sliding_window,prefill_perturbation,ask $graphs
+  bench 0 prefill 150 prefill_sliding_window,prefill_perturbation,prefill_observed_attention,prefill_omnimem,ask,agreement $graphs
   bench 0 all 80 lora_all,gains --reps 2 $graphs
 }
 
@@ -44,7 +44,7 @@ second() {
   if [ -n "${CLIP:-}" ]; then
     step 1 data 160 "$python" "$here/data_step.py" --clip "$CLIP" --out "$out/1" --parts ahead_cold,ahead_warm,in_step --budget-s 125
   fi
-  bench 1 nf4 120 lora_all_nf4,lora_all_nf4_whole --reps 1
+  if "$python" -c "import bitsandbytes" 2>/dev/null; then bench 1 nf4 120 lora_all_nf4,lora_all_nf4_whole --reps 1; fi
   if [ -n "${WHEELS:-}" ]; then step 1 peers 80 bash "$here/peers.sh" --out "$out/1"; fi
 }
 

@@ -1,6 +1,6 @@
 """Training on made-up streams of unequal length, with and without sound, asked at different times.
 
-    LAUNCHER scripts/bench/unequal.py RECIPE [dotted.name=value ...]
+    LAUNCHER scripts/bench/unequal.py RECIPE [dotted.name=value ...] [--deterministic]
 
 where LAUNCHER is python, accelerate launch, torchrun or deepspeed. It is `omnimem train` with another source of
 streams: pictures and sounds are noise, but they go through the model's own encoders. No file is decoded, so it runs
@@ -10,12 +10,14 @@ where no decoder is installed. Processes that share a step get streams whose num
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from omnimem_train.config import load_config
@@ -101,7 +103,10 @@ class UnequalSource:
 
 def main() -> int:
     """Train as the command line says."""
-    words = [w for w in sys.argv[1:] if not w.startswith("--local_rank")]  # the deepspeed launcher adds it
+    words = [w for w in sys.argv[1:] if not w.startswith("--")]  # the deepspeed launcher adds --local_rank
+    if "--deterministic" in sys.argv:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         print(f"checkpoint: {train(load_config(RunConfig, words[0], words[1:]), UnequalSource)}", flush=True)
     except UserError as error:

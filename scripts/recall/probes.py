@@ -1,0 +1,104 @@
+"""How many of the chunk's queries a selector has to look at: kept tokens with few probes and with all queries agree.
+
+    python -m scripts.recall.probes MODEL [--clips 8] [--budgets 49 148 615] [--out probes.json]
+
+`perturbation` looks at some queries of a chunk, spread evenly. After each chunk of held-out clips of a minute the same
+candidates, those of a stream that looks at all queries, are chosen among with fewer. The tokens that are kept both
+ways, as a share of what is kept: mean over chunks, layers, clips and heads. Runs on a CPU in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.streams import WorldStreams
+from data_prep.world import WorldSettings
+from omnimem_train import choosing
+from omnimem_train.memory.selector import Candidates, choose, make_selector
+from omnimem_train.memory.spec import MemorySpec
+from omnimem_train.models.loading import load_model
+from scripts.recall.asking import Asker, clip_set
+from scripts.recall.inside import final_state
+from scripts.recall.jobs import SetSpec
+from scripts.recall.methods import CHUNK
+
+COUNTS = (4, 8, 16, 32, 64, 128)
+
+
+def kept(c: Candidates, rows: Tensor) -> Tensor:
+    """(B, G, S) bool: media among `rows`."""
+    return torch.zeros_like(c.is_text).scatter(-1, rows, True) & ~c.is_text
+
+
+@contextmanager
+def compared(counts: tuple[int, ...], options: dict[str, Any]) -> Iterator[dict[int, list[float]]]:
+    """Inside, every choice is also made with fewer probes; gives the agreement of each count, choice by choice."""
+    found: dict[int, list[float]] = {count: [] for count in counts}
+
+    def both(c: Candidates, selector: Any, allocation: Any, budget: int) -> Any:
+        rows, scored = choose(c, selector, allocation, budget)
+        if rows.shape[-1] < c.n:
+            best = kept(c, rows)
+            for count in counts:
+                probed = make_selector("perturbation", n_probes=count, **options)
+                asked = probed.probes().rows(c.queries.shape[2], c.queries.device)
+                few = dataclasses.replace(c, queries=c.queries[:, :, asked], query_rows=c.query_rows[asked])
+                same = kept(c, choose(few, probed, allocation, budget)[0]) & best
+                found[count].append(float(same.sum() / best.sum()))
+        return rows, scored
+
+    before = choosing.choose
+    choosing.choose = both
+    try:
+        yield found
+    finally:
+        choosing.choose = before
+
+
+def agreement(asker: Asker, budget: int, redundancy: str) -> dict[int, float]:
+    """Share of the kept tokens by number of probes."""
+    options = {"redundancy": redundancy}
+    spec = MemorySpec("perturbation", {"n_probes": 0} | options, budget=budget, chunk_tokens=CHUNK)
+    with compared(COUNTS, options) as found:
+        final_state(asker, spec, asker.clips.media)
+    return {count: sum(shares) / len(shares) for count, shares in found.items()}
+
+
+def main() -> None:
+    """Print a table, and write it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[49, 148, 615])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    streams = WorldStreams(load_model(args.model, dtype=args.dtype, device=args.device), WorldSettings().size)
+    asker = Asker(streams, clip_set(streams, SetSpec("test", args.clips, 0).clips(), 0))
+    rows = []
+    print(f"kept as with all {CHUNK} queries of a chunk, %, by number of probes")
+    print(f"{'budget':>8} {'redundancy':>12} " + " ".join(f"{count:>6}" for count in COUNTS))
+    for redundancy in ("none", "later_key"):
+        for budget in args.budgets:
+            found = agreement(asker, budget, redundancy)
+            print(
+                f"{budget:>8} {redundancy:>12} " + " ".join(f"{100 * share:6.1f}" for share in found.values()),
+                flush=True,
+            )
+            rows.append({"budget": budget, "redundancy": redundancy, "agreement": found})
+    if args.out is not None:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
