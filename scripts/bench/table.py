@@ -16,7 +16,7 @@ ROWS = {
     "agreement.64_probes.graphs": "tokens kept with its 64 probes and with all queries, in a model of random weights",
     "prefill.observed_attention.graphs": "streaming prefill with attention of all queries (`observed_attention`)",
     "share.observed_attention.graphs": "of it scoring and selection",
-    "prefill.omnimem.graphs": "streaming prefill with the paper's selector: all queries, and layer inputs compared (`omnimem`)",
+    "prefill.omnimem.graphs": "streaming prefill with the paper's selector (`omnimem`): all queries, and layer inputs",
     "share.omnimem.graphs": "of it scoring and selection",
     "ask.first_token.graphs": "`ask`: first token after a question",
     "lora.all_by_layer.graphs": "LoRA step, gradient through all chunks, `granularity=layer`, `offload=host`",
