@@ -57,7 +57,7 @@ SHARES = {
     "attention_back": 0.28,  # the same in 1,892 us
     "split": 0.51,  # with model.attention=split in 418 us
     "split_back": 0.45,  # in 1,181 us
-    "kernel": 0.2,  # `change` in 156 to 179 us, `later_key` in 145 to 175 us
+    "kernel": 0.35,  # `change` in 105 us, `later_key` in 68 us, columns of all queries in 225 us
     "single": 0.6,  # not measured
     "traffic": 0.75,  # not measured alone: SwiGLU and norms do better, from the cache
     "maps": 0.45,  # scoring in plain torch: `change` in 1,930 us, `later_key` in 2,812 us

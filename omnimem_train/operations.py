@@ -45,7 +45,8 @@ def forward(
     layer += _unpacking(step)
     if chunk.kept < chunk.candidates:
         layer += Work(launches=_launches(step, "choice"))
-        layer += scoring(step.spec, s, b, n, chunk.candidates, step.kernels) if select else Work()
+        if select:
+            layer += scoring(step.spec, s, b, n, chunk.candidates, step.kernels, step.split and chunk.memory > 0)
     layers = s.layers if layers is None else layers
     if not remembered or layers < s.layers:
         return layers * layer

@@ -19,6 +19,8 @@ CHANGE_PASSES = 36.3  # the same for leave-one-out, with the distances of values
 VALUE_PASSES = 13  # over values expanded to all query heads in float32
 PAIR_PASSES = 10  # over cosines of pairs of keys
 WIDE_PASSES = 12  # over layer inputs compared with their neighbours, counted in float32 numbers
+FEWER_PASSES = 4  # the same with the package's kernels, layer inputs joined and moved included
+ALIKE = 0.7  # share of pairs that are of one modality, with 4.5 visual tokens for one of sound
 SAVED_LAUNCHES = 30  # fewer kernels where one does the choosing
 
 
@@ -76,7 +78,13 @@ def _exact(selector: Selector) -> bool:
 
 
 def scoring(
-    spec: MemorySpec, shape: DecoderShape, itemsize: int, n: int, candidates: float, kernels: bool = True
+    spec: MemorySpec,
+    shape: DecoderShape,
+    itemsize: int,
+    n: int,
+    candidates: float,
+    kernels: bool = True,
+    known_sums: bool = False,
 ) -> Work:
     """Scoring and selection of one layer.
 
@@ -84,6 +92,7 @@ def scoring(
         n: tokens of the chunk.
         candidates: memory and chunk together, S.
         kernels: whether the package's kernels run where they can.
+        known_sums: whether the layer's attention leaves the sums of exponentials of all its queries.
     """
     selector, s = spec.make_selector(), candidates
     h, g, d, e = shape.heads, shape.kv_heads, shape.head_dim, shape.hidden
@@ -92,23 +101,23 @@ def scoring(
     if p and _exact(selector):
         group = isinstance(selector, Perturbation) and selector.group_norm == "sum"
         if kernels and not group:
-            found += Work(kernel=12 * pairs * d + 2 * h * s * d * d, launches=3)
+            found += Work(kernel=12 * pairs * d + 2 * h * s * d * d, launches=4)
         else:
             maps = 4 * h * s * (CHANGE_PASSES * p + VALUE_PASSES * d)
             found += Work(single=4 * h * s * d * (p + d), maps=maps * (h // g if group else 1), launches=40)
     elif p and kernels:
-        found += Work(kernel=8 * pairs * d, launches=2)
+        found += Work(kernel=(2 if known_sums and p == n else 4) * pairs * d, launches=2)
     elif p:
         found += Work(matrix=2 * h * p * s * d, maps=4 * h * p * s * ATTENTION_PASSES, launches=10)
     if "output_weight" in selector.needs and not _exact(selector):  # the L1 norm of every projected value
         found += Work(matrix=2 * h * s * d * e, maps=4 * h * s * e * 3, launches=4 * h)
     if getattr(selector, "redundancy", "none") == "later_key":
         if kernels:
-            found += Work(kernel=g * s * s * d, launches=3)
+            found += Work(kernel=ALIKE * g * s * s * d, launches=3)
         else:
             found += Work(matrix=g * s * s * d, maps=2 * g * s * s * PAIR_PASSES, launches=16)
     if "hidden" in selector.needs:
-        found += Work(traffic=4 * WIDE_PASSES * s * e, launches=30)
+        found += Work(traffic=4 * (FEWER_PASSES if kernels else WIDE_PASSES) * s * e, launches=30)
     return found + Work(launches=-SAVED_LAUNCHES if kernels else 0)
 
 

@@ -4,10 +4,13 @@
 
 Part "losses": a small model in bfloat16 is trained on streams of unequal length, with and without sound, asked at
 different times (`unequal.py`), by one process with two streams a step and by two processes with one each, under every
-engine at the same time. Half precision makes much of a last bit, so unless said otherwise kernels are deterministic and
-no gradient is clipped: DeepSpeed adds its norm up in another order than torch. Part "speed": whole LoRA steps at the
-width and depth of the 7B model (`two_gpus_speed.py`), one engine after the other. Every run is a process group of its
-own with a log and a time limit; one that fails is reported, the rest goes on, and the exit status is then 1.
+engine at the same time. No gradient is clipped unless --max-grad-norm says so: DeepSpeed adds the norm up in another
+order than torch, and half precision makes much of a last bit. So it does of the order in which GPUs add up in the way
+back, unless --deterministic forbids that: without it, the first steps alone are held against one process.
+
+Part "speed": whole LoRA steps at the width and depth of the 7B model (`two_gpus_speed.py`), one engine after the other.
+Every run is a process group of its own with a log and a time limit; one that fails is reported, the rest goes on, and
+the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -222,8 +225,9 @@ def compare(bench: Bench, name: str, one: list[dict[str, float]], took_s: float)
     steps = len(one)
     bench.check(f"steps.{name}", len(rows), "steps", steps, "higher", f"unequal streams, no hang, {took_s:.0f} s")
     apart = differences(one, rows)
-    note = f"largest of {steps} steps; of the first 4 {max(apart[:4]):.1e}"
-    bench.check(f"loss_difference.{name}", max(apart), "nat", 1e-3, note=note)
+    exact = bench.args.deterministic or not bench.cuda
+    note = f"largest of {steps} steps {max(apart):.1e}, of the first 4 {max(apart[:4]):.1e}"
+    bench.check(f"loss_difference.{name}", max(apart if exact else apart[:4]), "nat", 1e-3, note=note)
     empty = [row["empty_share"] for row in rows if "empty_share" in row]
     if empty:
         share = 100 * sum(empty) / len(empty)
