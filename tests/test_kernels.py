@@ -144,6 +144,18 @@ def test_attention_sum(device: str, shape: dict[str, Any]) -> None:
     torch.testing.assert_close(halves, found / 2)
 
 
+@on_each_device
+@pytest.mark.parametrize("n_old", [0, 200, 400])
+def test_attention_sum_of_many_queries(device: str, n_old: int) -> None:
+    """Tiles of candidates that some tiles of queries see in part, some wholly, and the first ones not at all."""
+    options = {"batch": 1, "kv_heads": 1, "group": 1, "n_old": n_old, "n_forgotten": 0, "n_chunk": 700}
+    c = view(device, probes=Probes("all"), **options)
+    found = attention.attention_sum(c)
+    assert found is not None
+    wanted = torch.cat([a for a, _ in exact(c).attention_blocks()], dim=3).sum(dim=3)
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def log_sums(c: Candidates) -> Tensor:
     """(B, H, P) by the formula."""
     keys = c.tokens.keys.repeat_interleave(c.group, 1)

@@ -340,8 +340,13 @@ def views(monkeypatch: pytest.MonkeyPatch, spec: MemorySpec) -> list[tuple[Candi
     return seen
 
 
-@pytest.mark.parametrize("selector", ["perturbation", "omnimem", "snapkv"])
-def test_what_a_selector_sees_is_what_the_layer_computed(monkeypatch: pytest.MonkeyPatch, selector: str) -> None:
+@pytest.mark.parametrize(
+    ("selector", "options"),
+    [("perturbation", {}), ("perturbation", {"n_probes": 3}), ("omnimem", {}), ("snapkv", {"window_size": 4})],
+)
+def test_what_a_selector_sees_is_what_the_layer_computed(
+    monkeypatch: pytest.MonkeyPatch, selector: str, options: dict[str, int]
+) -> None:
     """Its attention, times the values, through its output matrix, is the attention output of the layer."""
     outputs: list[Tensor] = []
     forward = torch.nn.Linear.forward
@@ -353,7 +358,7 @@ def test_what_a_selector_sees_is_what_the_layer_computed(monkeypatch: pytest.Mon
         return out
 
     monkeypatch.setattr(torch.nn.Linear, "forward", record)
-    spec = BUDGETED.replace(selector=selector)
+    spec = BUDGETED.replace(selector=selector, selector_options=options)
     count = len(views(monkeypatch, spec))
     assert count == len(outputs) == 3 * 5
     outputs.clear()
@@ -366,7 +371,7 @@ def test_what_a_selector_sees_is_what_the_layer_computed(monkeypatch: pytest.Mon
         b, g, group, p, d = heads.shape
         mixed = heads.permute(0, 3, 1, 2, 4).reshape(b, p, g * group * d) @ weight.T
         rows = c.query_rows - c.n_memory
-        assert (rows >= 0).all()
+        assert (rows >= 0).all() and len(rows) <= min(options.values(), default=c.n)
         torch.testing.assert_close(mixed, out[:, rows], rtol=0, atol=1e-10)
 
 
