@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,16 +74,17 @@ class Shared:
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        """On which is recorded."""
+        """On which is recorded. What is recorded there goes before all other work of the device, which torch starts
+        with priority 0 (encoders running ahead, NCCL); streams of this priority are given to nobody else."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream(priority=-1)
+            self._stream = torch.cuda.Stream(priority=-2)
         return self._stream
 
     @property
     def beside(self) -> Beside | None:
-        """For a second branch of what is recorded, which has to make way for the first; None on a CPU."""
+        """For a second branch of what is recorded, which has to make way for the first; None without a GPU."""
         if self._side is None and torch.cuda.is_available():
-            self._side = torch.cuda.Stream()
+            self._side = torch.cuda.Stream(priority=-1)
         return None if self._side is None else Beside(self._side)
 
     @property
@@ -122,8 +124,11 @@ class Captured:
                 self._graph.capture_begin(self._shared.pool, capture_error_mode="thread_local")
                 try:
                     self._run()
-                finally:
-                    self._graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # of what is broken already; the first error is the one to tell
+                        self._graph.capture_end()
+                    raise
+                self._graph.capture_end()
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Tensors:
         """The function's results for `inputs`, as tensors of their own."""

@@ -79,6 +79,18 @@ class ChunkPass:
             stop_layer: layers from here on have no gradient; None for all with.
             beside: where layers choose while the next ones run. For a first pass without gradient; None: in turn.
         """
+        with nullcontext() if beside is None else beside:
+            return self._through(layers, embeds, chunk, first, stop_layer, beside)
+
+    def _through(
+        self,
+        layers: Layers,
+        embeds: Tensor,
+        chunk: ChunkInputs,
+        first: FirstPass,
+        stop_layer: int | None,
+        beside: Beside | None,
+    ) -> Result:
         out: Tensor | None = embeds
         kept, lost = list[LayerMemory](), list[Tensor]()
         first_pass = not first.rows
@@ -94,8 +106,6 @@ class ChunkPass:
             kept.append(held)
             if loss is not None:
                 lost.append(loss)
-        if beside is not None:
-            beside.join()
         return tuple(kept), torch.stack(lost).sum() if lost else None
 
     def layer(
@@ -111,6 +121,8 @@ class ChunkPass:
         beside: Beside | None = None,
     ) -> tuple[Tensor | None, LayerMemory, Tensor | None]:
         """One layer on one chunk: its output, which the last layer has none of, what it keeps, its retention loss.
+
+        With `beside` the latter two may not be read before `run` is through.
 
         Args:
             memory: what the layer remembers.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -348,34 +349,108 @@ def test_on_a_gpu(
 
 
 class Told:
-    """Stands in for a stream and notes what it is told."""
+    """Stands in for a stream; all of them write what they are told into one list."""
 
-    def __init__(self) -> None:
-        self.waited: list[object] = []
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.recorded = name, log, 0
 
-    def wait_stream(self, other: object) -> None:
-        self.waited.append(other)
+    def wait_stream(self, other: Told) -> None:
+        self.log.append(f"{self.name} waits for all of {other.name}")
 
-    def wait_event(self, event: object) -> None:
-        self.waited.append(event)
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
 
-    def record_event(self) -> object:
-        return object()
+    def record_event(self) -> str:
+        self.recorded += 1
+        self.log.append(f"{self.name} has {self.recorded}")
+        return f"{self.name} {self.recorded}"
 
 
-def test_what_work_beside_reads_is_held_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    main, side = Told(), Told()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    beside = Beside(side, behind=2)  # type: ignore[arg-type]
-    read = [torch.ones(3) * i for i in range(5)]
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[Told, Told, list[str]]:
+    """The current stream, a second one, and what they are told."""
+    log: list[str] = []
+    main, side = Told("main", log), Told("side", log)
+    current = [main]
+
+    @contextmanager
+    def within(stream: Told) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    return main, side, log
+
+
+def test_work_beside_is_in_order_and_holds_what_it_reads(streams: tuple[Told, Told, list[str]]) -> None:
+    _, side, log = streams
+    read = [torch.ones(3) * i for i in range(4)]
     refs = [weakref.ref(x) for x in read]
-    found = [beside.do(partial(torch.add, read.pop(0), 1)) for _ in range(5)]
-    assert [float(x[0]) for x in found] == [1, 2, 3, 4, 5]
-    assert side.waited == [main] * 5, "work begins before what it reads is there"
-    assert len(main.waited) == 3, "the stream runs ahead of more work than it may"
+
+    def add(x: Tensor) -> Tensor:
+        log.append(f"{torch.cuda.current_stream().name} adds")  # type: ignore[attr-defined]
+        return x + 1
+
+    with Beside(side, behind=2) as beside:  # type: ignore[arg-type]
+        found = [beside.do(partial(add, read.pop(0))) for _ in range(4)]
+        gc.collect()
+        assert [ref() is None for ref in refs] == [True, True, False, False]
     gc.collect()
-    assert [ref() is None for ref in refs] == [True, True, True, False, False]
-    beside.join()
-    gc.collect()
-    assert main.waited[-1] is side and not any(ref() for ref in refs)
+    assert not any(ref() for ref in refs)
+    assert [float(x[0]) for x in found] == [1, 2, 3, 4]
+    piece = ["side waits for all of main", "side adds"]
+    assert log == [
+        *piece, "side has 1", *piece, "side has 2", *piece, "side has 3", "main waits for side 1",
+        *piece, "side has 4", "main waits for side 2", "main waits for all of side",
+    ]  # fmt: skip
+
+
+def test_branches_are_joined_after_an_error(streams: tuple[Told, Told, list[str]]) -> None:
+    """A recording could not end otherwise; where none began there is nothing to join."""
+    _, side, log = streams
+
+    def fail(begun: bool) -> None:
+        with Beside(side) as beside:  # type: ignore[arg-type]
+            if begun:
+                beside.do(lambda: 1)
+            raise ZeroDivisionError
+
+    for begun in (False, True):
+        log.clear()
+        with pytest.raises(ZeroDivisionError):
+            fail(begun)
+        assert log[-1:] == (["main waits for all of side"] if begun else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("selector", ["perturbation", "observed_attention", "omnimem"])
+def test_a_branch_that_lags_changes_nothing(selector: str, nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer chooses is late by milliseconds; whatever it reads is still there, and nobody reads it too early."""
+    from omnimem_train.models.loading import load_model
+
+    do, found, lags = Beside.do, [], []
+
+    def late(self: Beside, work: Any) -> Any:
+        def slowly() -> Any:
+            torch.cuda._sleep(10**7)
+            lags.append(1)
+            return work()
+
+        return do(self, slowly)
+
+    monkeypatch.setattr(Beside, "do", late)
+    for branch in (True, False):
+        if not branch:
+            monkeypatch.setattr(Shared, "beside", None)
+        model = load_model(nano_folder, dtype="bfloat16", device="cuda", attention="split", graphs=True)
+        media = toy_stream(640, dtype=torch.bfloat16)
+        embeds = torch.randn(1, 640, model.hidden_size, generator=torch.Generator().manual_seed(0))
+        media = TokenBlock(*[x.cuda() for x in (embeds.bfloat16(), media.positions, media.modality, media.time_s)])
+        stream = Stream(model, MemorySpec(selector, budget=64, chunk_tokens=32))
+        found.append(tensors(stream.flush(stream.feed(stream.start(), media))))
+    assert lags
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

@@ -168,7 +168,7 @@ def log_sums(c: Candidates) -> Tensor:
 @pytest.mark.parametrize("n_chunk", [1, 40, 300])
 @pytest.mark.parametrize("duplicates", [False, True])
 def test_later_key(device: str, mix: str, n_chunk: int, duplicates: bool) -> None:
-    c = view(device, mix=mix, n_chunk=n_chunk, duplicates=duplicates, batch=1)
+    c = view(device, mix=mix, n_chunk=n_chunk, duplicates=duplicates)
     found = redundancy.later_key(c.tokens.keys, c.tokens.modality)
     assert found is not None
     wanted = later_key(exact(c).tokens.keys, c.tokens.modality.cpu())
@@ -187,18 +187,18 @@ def test_neighbours(device: str, mix: str, width: int) -> None:
     found = redundancy.earlier_cosine(x, earlier)
     assert found is not None and bool((found[earlier < 0] == 0).all())
     wanted = neighbour_cosine(x.cpu().double(), c.tokens.modality.cpu())
-    fast.provide("earlier_cosine", lambda *given: redundancy.earlier_cosine(*given))
-    try:
+    with fast.references():  # what was provided before is back afterwards
+        fast.provide("earlier_cosine", redundancy.earlier_cosine)
         found = neighbour_cosine(x, c.tokens.modality)
-    finally:
-        fast.provide("earlier_cosine", None)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=0, atol=1e-5)
     assert redundancy.earlier_cosine(x.double(), earlier) is None
 
 
 def test_later_key_in_many_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More columns than one program walks."""
+    """More columns than one program walks, more tokens than are put in their places at a time."""
+    monkeypatch.setattr(redundancy, "SPAN", redundancy.LATER["BR"])
+    monkeypatch.setattr(redundancy, "AT_ONCE", 128)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     c = view(device, batch=1, kv_heads=1, group=1, n_old=1500, n_chunk=700, n_forgotten=50)
     found = redundancy.later_key(c.tokens.keys, c.tokens.modality)
@@ -262,7 +262,7 @@ def test_the_same_tokens_are_kept(name: str, monkeypatch: pytest.MonkeyPatch) ->
     found, _ = choose(c, selector, make_allocation("shared"), 600)
     with fast.references():
         wanted, _ = choose(c, selector, make_allocation("shared"), 600)
-    both = [torch.zeros_like(c.is_text).scatter(-1, rows, True) & ~c.is_text for rows in (found, wanted)]
+    both = [c.media_among(rows) for rows in (found, wanted)]
     assert float((both[0] & both[1]).sum() / both[1].sum()) > 0.98
 
 

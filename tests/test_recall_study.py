@@ -13,18 +13,23 @@ import torch
 from data_prep.questions import QuestionMaker
 from data_prep.streams import WorldStreams
 from data_prep.world import WorldSettings, make_clip
+from omnimem_train import choosing
+from omnimem_train.memory.selector import choose as select
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.loading import load_model
 from omnimem_train.models.qwen2_5_omni import Qwen2_5OmniStreaming
 from omnimem_train.step import answer_logits
 from omnimem_train.streaming import Stream
+from scripts.recall.asking import Asker, clip_set
 from scripts.recall.finetune import ARMS, MINUTE, WorldSource, WorldTurns, configure
+from scripts.recall.inside import final_state
 from scripts.recall.jobs import Answers, Context, SetSpec, Tune, merge
 from scripts.recall.load import load
-from scripts.recall.methods import BUDGETS, OPTIONS, Form, best_of, choose, learned, original_forms, other_forms
+from scripts.recall.methods import BUDGETS, CHUNK, OPTIONS, Form, best_of, choose, learned, original_forms, other_forms
 from scripts.recall.phases import Chosen, sets, study_jobs
 from scripts.recall.pretrain import LEVELS, new_model, one_pass, save_model
 from scripts.recall.pretrain import main as pretrain
+from scripts.recall.probes import compared
 from scripts.recall.towers import align, label_tensors, tower_outputs, words_of
 from scripts.recall.turns import FORMS, TRACKED, Batch, TurnBatches, choices, rendered
 
@@ -167,6 +172,19 @@ def test_a_measurement_from_end_to_end(tmp_path: Path, base: Path) -> None:
     assert found["snapkv + split"].text_tokens == pytest.approx(
         data.study("main")[0].full_tokens - WorldStreams(context.model(0), 112).tokens(12), abs=1e-6
     )
+
+
+def test_probes_agree_with_all_queries(model: Qwen2_5OmniStreaming) -> None:
+    """All of a chunk's 256 queries keep what all keep, a few of them less."""
+    streams = WorldStreams(model, WORLD.size)
+    asker = Asker(streams, clip_set(streams, [make_clip(WORLD, 0, "test", 0)], 0))
+    spec = MemorySpec("perturbation", {"n_probes": 0}, budget=60, chunk_tokens=CHUNK)
+    with compared((2, 256), {"redundancy": "later_key"}) as found:
+        final_state(asker, spec, asker.clips.media)
+    assert choosing.choose is select
+    few, whole = found.values()
+    assert len(few) == len(whole) > 0 and set(whole) == {1.0}
+    assert 0.3 < sum(few) / len(few) < 1.0
 
 
 def test_batches_to_fine_tune_on_depend_on_their_number_alone(model: Qwen2_5OmniStreaming) -> None:

@@ -8,7 +8,7 @@ The numbers are those of `omnimem_train.memory.perturbation.Change.of_heads`, av
 2. `_combine`: the parts together, giving for every query the offset of its softmax, its largest candidate with that
    one's exact norm, and what distances need of its output o: o^T G and o^T G o.
 3. `_sizes`: v^T G v of every candidate and head.
-4. `_score`: for some candidates, over all queries and heads A / (1 - A) * ||v - o||_G, summed.
+4. `_score`: for some candidates, the mean of A / (1 - A) * ||v - o||_G over all queries and heads.
 
 Products are in the precision of keys and values, with float32 sums. G is rounded to it once and used so in all three
 terms, o^T G as a sum of two numbers of it, so that their differences hold.

@@ -112,6 +112,7 @@ def later_key(keys: Tensor, modality: Tensor) -> Tensor | None:
     b, g, s, d = keys.shape
     if keys.dtype.itemsize > 4 or d not in WIDTHS or s == 0:
         return None
+    assert SPAN % LATER["BR"] == 0, "a span must not begin within a tile"
     keys, modality = keys.contiguous(), modality.contiguous()
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -42,12 +42,13 @@ def provided() -> list[str]:
 
 @contextmanager
 def references() -> Iterator[None]:
-    """Inside, plain torch runs whatever is provided."""
+    """Inside, plain torch runs whatever is provided, but what is provided there; afterwards all is as before."""
     before = dict(_PROVIDED)
     _PROVIDED.clear()
     try:
         yield
     finally:
+        _PROVIDED.clear()
         _PROVIDED.update(before)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -127,6 +127,15 @@ class Candidates:
         for modality in modalities:
             found = found | (self.tokens.modality == modality)
         return found
+
+    def media_among(self, rows: Tensor) -> Tensor:
+        """(B, G, S) bool: candidates among `rows` (B, G, K) that are not text."""
+        return torch.zeros_like(self.is_text).scatter(-1, rows, True) & ~self.is_text
+
+    def asked_by(self, asked: Tensor) -> Candidates:
+        """The same candidates seen by some of the queries, `asked` (p,) int64 among them."""
+        sums = None if self.log_sums is None else self.log_sums[:, :, asked]
+        return replace(self, queries=self.queries[:, :, asked], query_rows=self.query_rows[asked], log_sums=sums)
 
     def attention_blocks(self, block: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Attention of the probes on all candidates, `block` probes at a time (by default as many as fit 64 MiB).

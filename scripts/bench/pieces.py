@@ -101,21 +101,32 @@ def summed(c: Candidates) -> Tensor:
 
 # Block sizes ----------------------------------------------------------------------------------------------------------
 
+
+def grid(*names: str, values: list[tuple[int, ...]]) -> list[dict[str, int]]:
+    """Settings of a kernel."""
+    return [dict(zip(names, tried, strict=True)) for tried in values]
+
+
 GRIDS: dict[str, list[dict[str, int]]] = {
-    "ATTEND": [
-        {"BS": bs, "num_warps": w, "num_stages": s} for bs, w, s in [(64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2)]
-    ],
-    "SCORE": [
-        {"BS": bs, "num_warps": w, "num_stages": s}
-        for bs, w, s in [(64, 4, 1), (64, 8, 1), (64, 8, 2), (32, 4, 1), (128, 8, 1)]
-    ],
-    "LATER": [
-        {"BR": br, "BC": bc, "num_warps": w, "num_stages": s}
-        for br, bc, w, s in [(128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 3)]
-    ],
-    "OFFSETS": [{"BS": bs, "num_warps": w, "num_stages": 3} for bs, w in [(128, 8), (64, 8), (64, 4)]],
-    "COLUMNS": [{"BS": bs, "num_warps": w, "num_stages": 3} for bs, w in [(128, 8), (64, 4), (256, 8)]],
-}
+    "ATTEND": grid(
+        "BS", "BP", "num_warps", "num_stages",
+        values=[(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)],
+    ),
+    "SIZES": grid("BS", "num_warps", "num_stages", values=[(64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 3)]),
+    "SCORE": grid(
+        "BS", "BP", "num_warps", "num_stages",
+        values=[(128, 32, 8, 2), (128, 32, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (64, 64, 4, 1)],
+    ),
+    "LATER": grid(
+        "BR", "BC", "num_warps", "num_stages",
+        values=[(128, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 3), (256, 64, 8, 3)],
+    ),
+    "OFFSETS": grid("BS", "num_warps", "num_stages", values=[(128, 8, 3), (64, 8, 3), (64, 4, 3)]),
+    "COLUMNS": grid(
+        "BS", "BP", "num_warps", "num_stages",
+        values=[(128, 128, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3), (256, 64, 8, 2)],
+    ),
+}  # fmt: skip
 
 
 def tune(bench: Bench) -> None:
@@ -130,6 +141,7 @@ def tune(bench: Bench) -> None:
     gram = gram_of(bench, few[0])
     runs: dict[str, tuple[Any, Callable[[Candidates], object], list[Candidates]]] = {
         "ATTEND": (change, lambda c: change.change(c, gram), few),
+        "SIZES": (change, lambda c: change.change(c, gram), few),
         "SCORE": (change, lambda c: change.change(c, gram), few),
         "LATER": (redundancy, lambda c: redundancy.later_key(c.tokens.keys, c.tokens.modality), few),
         "OFFSETS": (attention, attention.attention_sum, wide),

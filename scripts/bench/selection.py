@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -92,14 +91,13 @@ def agreement(bench: Bench) -> None:
     everything = make_selector("perturbation", n_probes=0)
     seen = captured(bench, everything)
     allocation = make_allocation("shared")
-    wanted = [mask(c, choose(c, everything, allocation, bench.shape.budget)[0]) for c in seen]
+    wanted = [c.media_among(choose(c, everything, allocation, bench.shape.budget)[0]) for c in seen]
     for count in counts:
         probed = make_selector("perturbation", n_probes=count)
         found = []
         for c, best in zip(seen, wanted, strict=True):
             asked = probed.probes().rows(bench.shape.chunk, bench.device)
-            few = dataclasses.replace(c, queries=c.queries[:, :, asked], query_rows=asked + c.n_memory)
-            kept = mask(c, choose(few, probed, allocation, bench.shape.budget)[0])
+            kept = c.media_among(choose(c.asked_by(asked), probed, allocation, bench.shape.budget)[0])
             found.append(100 * float((best & kept).sum() / best.sum()))
         goal = 99.0 if count == 64 else None
         bench.results.add(
@@ -111,11 +109,6 @@ def agreement(bench: Bench) -> None:
             spread=(min(found), max(found)),
             note="mean over layers; random weights, so attention is noise: a lower bound",
         )
-
-
-def mask(c: Candidates, rows: torch.Tensor) -> torch.Tensor:
-    """(B, G, S) bool: media tokens among `rows`."""
-    return torch.zeros_like(c.is_text).scatter(-1, rows, True) & ~c.is_text
 
 
 def captured(bench: Bench, selector: Selector) -> list[Candidates]:

@@ -103,8 +103,9 @@ class UnequalSource:
 
 def main() -> int:
     """Train as the command line says."""
-    words = [w for w in sys.argv[1:] if not w.startswith("--")]  # the deepspeed launcher adds --local_rank
-    if "--deterministic" in sys.argv:
+    words = [w for w in sys.argv[1:] if not w.startswith("--local_rank")]  # the deepspeed launcher adds it
+    if "--deterministic" in words:
+        words.remove("--deterministic")
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)  # with warnings alone, attention would stay as it is
     try:

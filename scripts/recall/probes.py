@@ -10,19 +10,16 @@ ways, as a share of what is kept: mean over chunks, layers, clips and heads. Run
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from data_prep.streams import WorldStreams
 from data_prep.world import WorldSettings
 from omnimem_train import choosing
+from omnimem_train.errors import UserError
 from omnimem_train.memory.selector import Candidates, choose, make_selector
 from omnimem_train.memory.spec import MemorySpec
 from omnimem_train.models.loading import load_model
@@ -34,11 +31,6 @@ from scripts.recall.methods import CHUNK
 COUNTS = (4, 8, 16, 32, 64, 128)
 
 
-def kept(c: Candidates, rows: Tensor) -> Tensor:
-    """(B, G, S) bool: media among `rows`."""
-    return torch.zeros_like(c.is_text).scatter(-1, rows, True) & ~c.is_text
-
-
 @contextmanager
 def compared(counts: tuple[int, ...], options: dict[str, Any]) -> Iterator[dict[int, list[float]]]:
     """Inside, every choice is also made with fewer probes; gives the agreement of each count, choice by choice."""
@@ -47,12 +39,11 @@ def compared(counts: tuple[int, ...], options: dict[str, Any]) -> Iterator[dict[
     def both(c: Candidates, selector: Any, allocation: Any, budget: int) -> Any:
         rows, scored = choose(c, selector, allocation, budget)
         if rows.shape[-1] < c.n:
-            best = kept(c, rows)
+            best = c.media_among(rows)
             for count in counts:
                 probed = make_selector("perturbation", n_probes=count, **options)
                 asked = probed.probes().rows(c.queries.shape[2], c.queries.device)
-                few = dataclasses.replace(c, queries=c.queries[:, :, asked], query_rows=c.query_rows[asked])
-                same = kept(c, choose(few, probed, allocation, budget)[0]) & best
+                same = c.media_among(choose(c.asked_by(asked), probed, allocation, budget)[0]) & best
                 found[count].append(float(same.sum() / best.sum()))
         return rows, scored
 
@@ -70,6 +61,10 @@ def agreement(asker: Asker, budget: int, redundancy: str) -> dict[int, float]:
     spec = MemorySpec("perturbation", {"n_probes": 0} | options, budget=budget, chunk_tokens=CHUNK)
     with compared(COUNTS, options) as found:
         final_state(asker, spec, asker.clips.media)
+    if not found[COUNTS[0]]:
+        raise UserError(
+            f"no chunk of these clips has more than {budget} tokens to choose among", remedy="lower --budgets"
+        )
     return {count: sum(shares) / len(shares) for count, shares in found.items()}
 
 
