@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from omnimem_train.beside import BEHIND
 from omnimem_train.footprint import Footprint
 from omnimem_train.gradient import Gradient
 from omnimem_train.memory.spec import LayerBudget, MemorySpec
@@ -361,7 +362,10 @@ class StreamStep:
             # turning keys to other positions takes about ten float32 tensors of half their size, twice
             turning = 40 * c.kept * s.key_width if evicts and self.spec.positions == "compact" else 0
             scores = scoring_bytes(self.spec, s, b, c.n, c.candidates, self.kernels)
-            buffers = 12 * s.hidden * c.n + max((3 if self.short else 4) * s.mlp * b * c.n, scores, turning)
+            mlp, choice, branch = (3 if self.short else 4) * s.mlp * b * c.n, max(scores, turning), 0.0
+            if self.recorded and evicts:  # chosen beside the next layers, in memory that a recomputation cannot use
+                branch = choice + c.candidates * self.stored_bytes + BEHIND * c.n * s.query_width * b
+            buffers = 12 * s.hidden * c.n + (mlp + branch if branch else max(mlp, choice))
             yield left + self.snapshot(c.memory), active, self.snapshot(c.kept) + buffers + self.layer_inputs(c)
             if c.due == "none":
                 continue
@@ -377,6 +381,7 @@ class StreamStep:
                     left += c.count * self.left_behind(c)
                 before = s.layers * c.candidates * self.token_bytes if self.undoes and c.memory else 0
                 rest = turning + 12 * s.hidden * c.n + (4 * self.trained if self.by_layer else 0)
+                rest += branch + self.snapshot(c.kept) if branch else 0
                 yield left + before, made, kept * passed + rest
             else:
                 active += c.count * self.activations(c)
