@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,8 @@ def agreement(asker: Asker, budget: int, redundancy: str) -> dict[int, float]:
     return {count: sum(shares) / len(shares) for count, shares in found.items()}
 
 
-def main() -> None:
-    """Print a table, and write it if asked to."""
+def main() -> int:
+    """Print a table, and write it if asked to; 2 after an error of the user's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
     parser.add_argument("--clips", type=int, default=8)
@@ -78,6 +79,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    try:
+        rows = measured(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.out is not None:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each budget, with redundancy and without."""
+    if args.clips < 1:
+        raise UserError(f"--clips {args.clips}", remedy="give at least one")
     streams = WorldStreams(load_model(args.model, dtype=args.dtype, device=args.device), WorldSettings().size)
     asker = Asker(streams, clip_set(streams, SetSpec("test", args.clips, 0).clips(), 0))
     rows = []
@@ -86,14 +101,11 @@ def main() -> None:
     for redundancy in ("none", "later_key"):
         for budget in args.budgets:
             found = agreement(asker, budget, redundancy)
-            print(
-                f"{budget:>8} {redundancy:>12} " + " ".join(f"{100 * share:6.1f}" for share in found.values()),
-                flush=True,
-            )
+            shares = " ".join(f"{100 * share:6.1f}" for share in found.values())
+            print(f"{budget:>8} {redundancy:>12} {shares}", flush=True)
             rows.append({"budget": budget, "redundancy": redundancy, "agreement": found})
-    if args.out is not None:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
