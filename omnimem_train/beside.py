@@ -45,9 +45,8 @@ class Beside:
             found = work()
         self._under_way.append((self.stream.record_event(), work))
         while len(self._under_way) > self.behind:
-            event, done = self._under_way.popleft()
+            event, _ = self._under_way.popleft()
             torch.cuda.current_stream().wait_event(event)
-            del done
         return found
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -138,7 +138,13 @@ def test_attention_sum(device: str, shape: dict[str, Any]) -> None:
     found = attention.attention_sum(known)
     assert found is not None
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
-    assert known.log_sums is not None
+    half = torch.arange(0, c.query_rows.shape[0], 2, device=device)
+    found = attention.attention_sum(known.asked_by(half))
+    assert found is not None
+    fewer = torch.cat([a for a, _ in exact(c).asked_by(half.cpu()).attention_blocks()], dim=3).sum(dim=3)
+    torch.testing.assert_close(found.cpu().double(), fewer, rtol=1e-4, atol=1e-5)
+    found = attention.attention_sum(known)
+    assert found is not None and known.log_sums is not None
     halves = attention.attention_sum(dataclasses.replace(known, log_sums=known.log_sums + math.log(2)))
     assert halves is not None
     torch.testing.assert_close(halves, found / 2)

@@ -182,9 +182,9 @@ def test_probes_agree_with_all_queries(model: Qwen2_5OmniStreaming) -> None:
     with compared((2, 256), {"redundancy": "later_key"}) as found:
         final_state(asker, spec, asker.clips.media)
     assert choosing.choose is select
-    few, whole = found.values()
-    assert len(few) == len(whole) > 0 and set(whole) == {1.0}
-    assert 0.3 < sum(few) / len(few) < 1.0
+    few, whole = (torch.cat(shares) for shares in found.values())
+    assert len(few) == len(whole) > 0 and bool((whole == 1).all())
+    assert 0.3 < float(few.mean()) < 1.0
 
 
 def test_batches_to_fine_tune_on_depend_on_their_number_alone(model: Qwen2_5OmniStreaming) -> None:

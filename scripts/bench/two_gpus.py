@@ -307,9 +307,7 @@ def arguments() -> argparse.Namespace:
         "--dtype", default="", help="of the losses' model, by default bfloat16 on a GPU, float32 on a CPU"
     )
     parser.add_argument("--max-grad-norm", type=float, default=1e9, help="of the losses' runs; by default above any")
-    parser.add_argument(
-        "--deterministic", action=argparse.BooleanOptionalAction, default=True, help="of the losses' runs"
-    )
+    parser.add_argument("--deterministic", action="store_true", help="kernels of the losses' runs; not tried on a GPU")
     parser.add_argument("--engines", default="all", help=f"comma-separated, of: {', '.join(e.name for e in ENGINES)}")
     parser.add_argument("--steps", type=int, default=50, help="of the unequal streams")
     parser.add_argument("--shape", default="", help="of the throughput, by default 7B on a GPU and tiny on a CPU")
